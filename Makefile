@@ -1,0 +1,97 @@
+# Everything a person does here. `make` alone lists the commands.
+#   PYTHON=python3.13 make setup     another interpreter (3.11 or newer)
+#   VENV=/somewhere/env make test    another place for the environment
+
+PYTHON ?= $(or $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
+  $$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+  && echo $$python && break; done),none)
+VENV ?= .venv
+VOLUMES ?= volumes
+OUT ?= out/smollm2
+
+bin := $(VENV)/bin
+uv := $(bin)/python requirements/uv.py
+# Bytecode is written on first use. Half of these files are never imported.
+install := $(uv) pip install --quiet --python $(bin)/python --require-hashes
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup run test soak bench fmt check generate lock
+
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.run $(VOLUMES)/models/tiny/.complete ## make .venv, a tiny model and text to train on
+
+run: $(VENV)/.run $(VOLUMES)/models/smollm2-135m/.complete ## continue the pre-training of a small real model
+	$(bin)/cptjob run deploy/examples/smollm2.yaml --output $(OUT)
+
+test: setup $(VENV)/.dev ## run the tests (TESTS=tests/data narrows them)
+	$(bin)/python -m pytest $(TESTS)
+
+soak: setup $(VENV)/.dev ## run the long tests with full counts
+	$(bin)/python -m pytest -m soak $(TESTS)
+
+bench: setup $(VENV)/.bench ## measure against peers; figures go to bench/RESULTS.md
+	@for file in bench/*.py; do echo "== $$file"; $(bin)/python $$file || exit; done
+
+fmt: $(VENV)/.dev ## format the code and fix what can be fixed
+	$(bin)/ruff check --fix-only --quiet .
+	$(bin)/ruff format .
+
+check: $(VENV)/.dev ## look for faults; changes nothing
+	$(bin)/ruff format --check .
+	$(bin)/ruff check .
+	$(bin)/mypy
+	$(bin)/lint-imports
+	$(bin)/python -m cptjob_api.generate --check
+	$(bin)/python -m pytest -q tests/house
+
+generate: $(VENV)/.run ## write the CRD and the field reference from the types
+	$(bin)/python -m cptjob_api.generate
+
+# ---- the environment: each file below says that its part is done ----
+
+$(VENV)/.uv: requirements/uv.txt
+	@if [ "$(PYTHON)" = none ]; then echo "Python 3.11 or newer with venv is needed" \
+	  "(Debian: apt-get install python3-venv). Name one with PYTHON=..."; exit 1; fi
+	@test -x $(bin)/python || $(PYTHON) -m venv $(VENV)
+	$(bin)/python -m pip install --quiet --require-hashes -r requirements/uv.txt
+	@touch $@
+
+$(VENV)/.run: $(VENV)/.uv requirements/run.txt requirements/assets.txt pyproject.toml
+	$(install) -r requirements/run.txt
+	$(install) --no-deps -r requirements/assets.txt
+	$(uv) pip install --quiet --python $(bin)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run requirements/dev.txt
+	$(install) -r requirements/dev.txt
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.dev requirements/bench.txt
+	$(install) -r requirements/bench.txt
+	@touch $@
+
+$(VOLUMES)/models/tiny/.complete: | $(VENV)/.run
+	$(bin)/python -m cptjob_trainer.demo tiny --volumes $(VOLUMES)
+
+$(VOLUMES)/models/smollm2-135m/.complete: | $(VENV)/.run
+	$(bin)/python -m cptjob_trainer.demo smollm2 --volumes $(VOLUMES)
+
+# ---- the lock files: every one agrees with dev.txt ----
+
+compile := $(uv) pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+  --no-header --no-annotate --no-emit-index-url --no-emit-find-links
+user := --extra client --extra trainer --extra demo
+
+lock: $(VENV)/.uv ## write requirements/*.txt anew (LOCK=--upgrade takes newer versions)
+	$(compile) $(LOCK) pyproject.toml $(user) --extra operator --extra dev requirements/build.in \
+	  -o requirements/dev.txt
+	$(compile) pyproject.toml $(user) requirements/build.in -c requirements/dev.txt -o requirements/run.txt
+	$(compile) pyproject.toml --extra operator requirements/build.in -c requirements/dev.txt \
+	  -o requirements/operator.txt
+	$(compile) $(LOCK) pyproject.toml --all-extras requirements/build.in -c requirements/dev.txt \
+	  -o requirements/bench.txt
+	$(compile) $(LOCK) requirements/uv.in -o requirements/uv.txt
+	$(compile) --no-deps requirements/assets.in -o requirements/assets.txt

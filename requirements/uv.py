@@ -1,0 +1,58 @@
+"""Run uv with the pip settings of this machine, which uv does not read by itself.
+
+Behind a mirror or a company's certificate pip is usually set up already; what it is told (in its files or in PIP_*) is
+passed on wherever uv's own variable is not set.
+"""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+# pip's name, uv's variable, what joins several values
+SETTINGS = [
+    ("index-url", "UV_DEFAULT_INDEX", " "),
+    ("extra-index-url", "UV_INDEX", " "),
+    ("no-index", "UV_NO_INDEX", " "),
+    ("find-links", "UV_FIND_LINKS", ","),
+    ("trusted-host", "UV_INSECURE_HOST", " "),
+    ("cert", "SSL_CERT_FILE", " "),
+    ("proxy", "ALL_PROXY", " "),
+    ("timeout", "UV_HTTP_TIMEOUT", " "),
+    ("default-timeout", "UV_HTTP_TIMEOUT", " "),
+]
+
+
+def pip_settings() -> dict[str, str]:
+    listing = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True
+    ).stdout
+    found = dict(line.split("=", 1) for line in listing.splitlines() if "=" in line)
+    values = {key: ast.literal_eval(value) for key, value in found.items()}
+    # The order in which pip itself looks.
+    return {
+        name: next(
+            values[f"{section}.{name}"]
+            for section in (":env:", "install", "global")
+            if f"{section}.{name}" in values
+        )
+        for name in {key.rsplit(".", 1)[1] for key in values}
+        if any(f"{section}.{name}" in values for section in (":env:", "install", "global"))
+    }
+
+
+def main() -> int:
+    environment = dict(os.environ)
+    settings = pip_settings()
+    for name, variable, separator in SETTINGS:
+        if name in settings and variable not in environment:
+            environment[variable] = separator.join(settings[name].split())
+    # Like newer pip: trust what the system trusts.
+    environment.setdefault("UV_SYSTEM_CERTS", "1")
+    uv = Path(sys.executable).with_name("uv")
+    return subprocess.run([uv, *sys.argv[1:]], env=environment).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
