@@ -21,9 +21,9 @@ install := $(uv) pip install --quiet --python $(bin)/python --require-hashes
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: $(VENV)/.run $(VOLUMES)/models/tiny/.complete ## make .venv, a tiny model and text to train on
+setup: $(VENV)/.run $(VOLUMES)/models/tiny/config.json ## make .venv, a tiny model and text to train on
 
-run: $(VENV)/.run $(VOLUMES)/models/smollm2-135m/.complete ## continue the pre-training of a small real model
+run: $(VENV)/.run $(VOLUMES)/models/smollm2-135m/config.json ## continue the pre-training of a small real model
 	$(bin)/cptjob run deploy/examples/smollm2.yaml --output $(OUT)
 
 test: setup $(VENV)/.dev ## run the tests (TESTS=tests/data narrows them)
@@ -73,10 +73,10 @@ $(VENV)/.bench: $(VENV)/.dev requirements/bench.txt
 	$(install) -r requirements/bench.txt
 	@touch $@
 
-$(VOLUMES)/models/tiny/.complete: | $(VENV)/.run
+$(VOLUMES)/models/tiny/config.json: | $(VENV)/.run
 	$(bin)/python -m cptjob_trainer.demo tiny --volumes $(VOLUMES)
 
-$(VOLUMES)/models/smollm2-135m/.complete: | $(VENV)/.run
+$(VOLUMES)/models/smollm2-135m/config.json: | $(VENV)/.run
 	$(bin)/python -m cptjob_trainer.demo smollm2 --volumes $(VOLUMES)
 
 # ---- the lock files: every one agrees with dev.txt ----
