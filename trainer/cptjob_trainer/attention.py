@@ -1,0 +1,291 @@
+"""Packing: the attention that keeps documents of one row apart, and the proof that it does.
+
+Positions restart at each document piece. transformers' masking code reads document borders off that
+restart (`find_packed_sequence_indices`), as long as no cache and no other mask is given, but it then
+computes a row's full square of scores. `packed_attention` computes only each document's own: on a
+CPU one causal product a document, on a GPU the varlen kernel. Models that carry state along the row
+by other means (Bloom's biases, Mamba's recurrence) mix the documents all the same, so nothing is
+believed: two documents are run packed and alone.
+"""
+
+import contextlib
+import copy
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from cptjob_trainer import dropout as keyed_dropout
+
+NAME = "cptjob_packed"
+# Arguments some architectures give their attention that a plain softmax(QK)V does not honour.
+UNSUPPORTED = ("softcap", "s_aux", "position_bias", "head_mask")
+
+# Packed and alone differ by rounding only; a leak is of the size of the logits themselves.
+TOLERANCE = 2e-3
+PROBE_LENGTHS = (9, 14)
+
+
+def borders(position_ids: torch.Tensor) -> list[list[int]]:
+    """Start of each document piece in each row of `position_ids` [rows, length], end included.
+
+    Positions that do not follow on from the one before begin a piece.
+    """
+    first = position_ids[:, :1] - 1
+    breaks = torch.diff(position_ids, prepend=first, dim=1) != 1
+    breaks[:, 0] = True
+    length = position_ids.shape[1]
+    return [[*row.nonzero().flatten().tolist(), length] for row in breaks]
+
+
+def _repeat_heads(x: torch.Tensor, times: int) -> torch.Tensor:
+    return x if times == 1 else x.repeat_interleave(times, dim=1)
+
+
+def _with_dropout(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, p: float, row: int, window: int
+) -> torch.Tensor:
+    """Attention of one document written out, for the mask of dropped scores must be our own."""
+    scores = (q @ k.transpose(-1, -2)).float() * scale
+    scores = scores.masked_fill(~_causal(q.shape[2], window, q.device), float("-inf"))
+    weights = keyed_dropout.apply(scores.softmax(-1).to(q.dtype), p, rows=[row])
+    return weights @ v
+
+
+def _causal(length: int, window: int, device: torch.device) -> torch.Tensor:
+    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return mask.triu(1 - window) if window else mask
+
+
+@torch.compiler.disable
+def _by_document(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pieces: list[list[int]],
+    scale: float,
+    dropout: float,
+    window: int,
+) -> torch.Tensor:
+    """[b, heads, T, d] x 3 -> [b, T, heads, d]; one causal attention for each piece of each row."""
+    groups = query.shape[1] // key.shape[1]
+    rows = []
+    for row, starts in enumerate(pieces):
+        outputs = []
+        for start, end in zip(starts, starts[1:], strict=False):
+            q, k, v = (x[row : row + 1, :, start:end] for x in (query, key, value))
+            k, v = _repeat_heads(k, groups), _repeat_heads(v, groups)
+            if dropout:
+                outputs.append(_with_dropout(q, k, v, scale, dropout, row, window))
+            elif window and end - start > window:
+                mask = _causal(end - start, window, q.device)
+                outputs.append(F.scaled_dot_product_attention(q, k, v, mask, scale=scale))
+            else:
+                outputs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale))
+        rows.append(torch.cat(outputs, dim=2))
+    return torch.cat(rows).transpose(1, 2)
+
+
+def _varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    borders_flat: torch.Tensor,
+    longest: int,
+    scale: float,
+    window: int,
+) -> torch.Tensor:
+    """The same on a GPU: rows laid end to end, one flash kernel for all pieces of the batch."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    groups = query.shape[1] // key.shape[1]
+    batch, _, length, _ = query.shape
+    q, k, v = (
+        _repeat_heads(x, n).transpose(1, 2).flatten(0, 1)
+        for x, n in ((query, 1), (key, groups), (value, groups))
+    )
+    out = varlen_attn(
+        q, k, v, borders_flat, borders_flat, longest, longest,
+        scale=scale, window_size=[window - 1 if window else -1, 0],
+    )  # fmt: skip
+    result: torch.Tensor = out.unflatten(0, (batch, length))
+    return result
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    document_pieces: Any = None,
+    document_borders: torch.Tensor | None = None,
+    longest_document: int = 0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """An attention function for transformers' registry; shapes [b, heads, T, d] -> [b, T, heads, d].
+
+    `document_pieces` (CPU, lists of starts) or `document_borders` (GPU, cumulative lengths of the
+    rows laid end to end, int32) come from the trainer through the model's keyword arguments.
+    Raises TypeError for a kind of attention it would compute wrongly.
+    """
+    odd = [name for name in UNSUPPORTED if kwargs.get(name) is not None]
+    if odd or attention_mask is not None or not getattr(module, "is_causal", True):
+        raise TypeError(f"{NAME} does not do {odd or 'masks'}")
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    window = sliding_window or 0
+    if document_borders is not None and query.is_cuda and not dropout:
+        return _varlen(query, key, value, document_borders, longest_document, scale, window), None
+    if document_pieces is None:
+        raise TypeError(f"{NAME} was called without the documents' borders")
+    return _by_document(query, key, value, document_pieces, scale, dropout, window), None
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """Registered as the mask of `packed_attention`: the borders say it all."""
+
+
+def register() -> None:
+    """Make `packed_attention` known to transformers under NAME."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, packed_attention)
+    AttentionMaskInterface.register(NAME, _no_mask)
+
+
+def document_arguments(position_ids: torch.Tensor, device: torch.device) -> dict[str, Any]:
+    """Keyword arguments that tell `packed_attention` the borders of `position_ids` [b, T] (on CPU)."""
+    pieces = borders(position_ids)
+    if device.type != "cuda":
+        return {"document_pieces": pieces}
+    length = position_ids.shape[1]
+    flat = [row * length + start for row, starts in enumerate(pieces) for start in starts[:-1]]
+    flat.append(position_ids.numel())
+    lengths = torch.tensor(flat, dtype=torch.int32)
+    return {
+        "document_pieces": pieces,
+        "document_borders": lengths.to(device, non_blocking=True),
+        # Fixed for a run, so that compiled code is not made anew for every batch.
+        "longest_document": length,
+    }
+
+
+def accepts_positions(model: torch.nn.Module) -> bool:
+    """Whether the model's forward takes `position_ids`; one that does not cannot be packed."""
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def _probe_documents(vocabulary: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Ids and positions [1, n] of two documents, the same ones every time."""
+    generator = torch.Generator().manual_seed(20240917)
+    return [
+        (torch.randint(0, vocabulary, (1, n), generator=generator), torch.arange(n).unsqueeze(0))
+        for n in PROBE_LENGTHS
+    ]
+
+
+def _logits(lm: Any, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    device = next(lm.parameters()).device
+    ours = lm.config._attn_implementation == NAME
+    borders = document_arguments(positions, device) if ours else {}
+    out = lm(
+        input_ids=ids.to(device), position_ids=positions.to(device), use_cache=False, **borders
+    )
+    logits: torch.Tensor = out.logits.float()
+    return logits
+
+
+def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    scale = other.abs().max().clamp_min(1e-6)
+    return float(((one - other).abs().max() / scale).item())
+
+
+def leak(lm: Any) -> float:
+    """Largest change of the logits of two documents when they share a row, relative to their scale.
+
+    inf for a model that takes no positions. Call it in eval mode and without gradients.
+    """
+    if not accepts_positions(lm):
+        return float("inf")
+    documents = _probe_documents(lm.get_input_embeddings().weight.shape[0])
+    ids, positions = (torch.cat(parts, dim=1) for parts in zip(*documents, strict=True))
+    try:
+        alone = torch.cat([_logits(lm, *document) for document in documents], dim=1)
+        return _difference(_logits(lm, ids, positions), alone)
+    except (TypeError, ValueError, RuntimeError):
+        return float("inf")
+
+
+def _agrees(lm: Any, default: str) -> bool:
+    """Whether `packed_attention` computes what the implementation `default` does, on one document."""
+    document = _probe_documents(lm.get_input_embeddings().weight.shape[0])[1]
+    lm.set_attn_implementation(default)
+    expected = _logits(lm, *document)
+    lm.set_attn_implementation(NAME)
+    try:
+        return _difference(_logits(lm, *document), expected) < TOLERANCE
+    except (TypeError, ValueError, RuntimeError):
+        return False
+
+
+def settle(lm: Any) -> bool:
+    """Choose the model's attention for packed rows; False when its documents cannot be kept apart.
+
+    `packed_attention` where it computes the same as the model's own, else the model's own.
+    """
+    register()
+    default = lm.config._attn_implementation
+    was_training = lm.training
+    lm.eval()
+    try:
+        with torch.no_grad():
+            if not accepts_positions(lm):
+                return False
+            if (
+                getattr(lm, "_supports_attention_backend", False)
+                and _agrees(lm, default)
+                and leak(lm) < TOLERANCE
+            ):
+                return True
+            lm.set_attn_implementation(default)
+            return leak(lm) < TOLERANCE
+    finally:
+        lm.train(was_training)
+
+
+def probe_config(config: Any) -> Any:
+    """The same architecture with few layers and a small vocabulary, to be probed with random weights."""
+    small = copy.deepcopy(config)
+    kinds = list(getattr(small, "layer_types", None) or [])
+    # Enough layers that every kind of layer (sliding, full, linear, ...) is there.
+    keep = max((kinds.index(kind) for kind in set(kinds)), default=1) + 1
+    keep = min(keep, int(small.num_hidden_layers))
+    with contextlib.suppress(AttributeError):  # some configs derive it from the number of layers
+        if kinds:
+            small.layer_types = kinds[:keep]
+    small.num_hidden_layers = keep
+    small.vocab_size = min(int(small.vocab_size), 512)
+    for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if getattr(small, token, None) is not None:
+            setattr(small, token, 0)
+    return small
+
+
+def packs(model_dir: Path) -> bool:
+    """Whether documents of this architecture may share a row, found by trying it on random weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            small = probe_config(config)
+            return settle(AutoModelForCausalLM.from_config(small, dtype=torch.float32))
+    except (TypeError, ValueError, AttributeError, RuntimeError):
+        # An architecture that cannot be shrunk is trained unpacked rather than guessed at.
+        return False

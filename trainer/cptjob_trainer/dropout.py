@@ -1,0 +1,186 @@
+"""Dropout whose masks belong to the rows, not to the process.
+
+A mask is drawn from a generator seeded by (seed, global row, place in the network). So a row is
+dropped the same way whichever rank, micro-batch or world size it is trained in, and again when
+activation checkpointing computes a layer a second time.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from cptjob_trainer.errors import ConfigError
+
+# What architectures call the three rates of the manifest in their configs.
+NAMES = {
+    "hidden": (
+        "hidden_dropout", "hidden_dropout_prob", "resid_pdrop", "embd_pdrop", "residual_dropout",
+        "resid_dropout", "dropout",
+    ),
+    "attention": ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_dropout"),
+    "feed_forward": ("activation_dropout", "ffn_dropout", "mlp_dropout"),
+}  # fmt: skip
+# Linear layers that end a block, and the one that ends the feed-forward block.
+BLOCK_ENDS = ("o_proj", "down_proj", "out_proj", "c_proj", "fc2", "dense_4h_to_h", "dense")
+FEED_FORWARD_ENDS = ("down_proj", "fc2", "dense_4h_to_h")
+
+
+class _Place:
+    """Where the forward pass is: which rows, which layer, and which dropout of it comes next."""
+
+    def __init__(self, seed: int, rows: Sequence[int]) -> None:
+        self.seed, self.rows = seed, rows
+        self.layer, self.count = 0, 0
+
+    def enter_layer(self, layer: int) -> None:
+        # Counting anew in each layer gives a recomputed layer the numbers it had the first time.
+        self.layer, self.count = layer, 0
+
+    def next(self) -> tuple[int, int]:
+        self.count += 1
+        return self.layer, self.count
+
+
+# One process trains one model, and the backward pass (which recomputes layers) runs in another
+# thread on a GPU: so this is a plain module value, not a thread's.
+_place: _Place | None = None
+_plain_dropout = F.dropout
+
+
+def _seed(*parts: int) -> int:
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def apply(x: torch.Tensor, p: float, rows: Sequence[int] | None = None) -> torch.Tensor:
+    """Drop elements of x [b, ...] (or [b*T, ...], row after row) with probability p, and scale up.
+
+    `rows` are positions in the current micro-batch; all of them when left out.
+    """
+    if p == 0.0:
+        return x
+    if _place is None:
+        return _plain_dropout(x, p, training=True)
+    layer, count = _place.next()
+    chosen = _place.rows if rows is None else [_place.rows[i] for i in rows]
+    shaped = x if x.shape[0] == len(chosen) else x.unflatten(0, (len(chosen), -1))
+    mask = torch.empty_like(shaped)
+    generator = torch.Generator(device=x.device)
+    for index, row in enumerate(chosen):
+        generator.manual_seed(_seed(_place.seed, row, layer, count))
+        mask[index].bernoulli_(1.0 - p, generator=generator)
+    return (shaped * mask.div_(1.0 - p)).view_as(x)
+
+
+def _functional(
+    input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> torch.Tensor:
+    return apply(input, p) if training else input
+
+
+@contextmanager
+def keyed(seed: int, rows: Sequence[int], enabled: bool) -> Iterator[None]:
+    """Within, every `F.dropout` (and so `nn.Dropout`) draws the masks of these global rows."""
+    global _place
+    if not enabled:
+        yield
+        return
+    _place = _Place(seed, rows)
+    F.dropout = _functional
+    try:
+        yield
+    finally:
+        F.dropout = _plain_dropout
+        _place = None
+
+
+def mark_layers(layers: Sequence[torch.nn.Module]) -> None:
+    """Tell the masks which layer the forward pass is in."""
+
+    def hook(number: int) -> Any:
+        def enter(*_: Any) -> None:
+            if _place is not None:
+                _place.enter_layer(number)
+
+        return enter
+
+    for number, layer in enumerate(layers, start=1):
+        layer.register_forward_pre_hook(hook(number))
+
+
+def set_rates(config: Any, rates: dict[str, float | None]) -> list[str]:
+    """Write the manifest's rates into a transformers config; returns the kinds it has no name for.
+
+    rates: kind ("hidden", "attention", "feed_forward") -> rate in [0, 1), None = the model's own.
+    """
+    missing = []
+    for kind, rate in rates.items():
+        if rate is None:
+            continue
+        found = [
+            name for name in NAMES[kind] if isinstance(getattr(config, name, None), float | int)
+        ]
+        for name in found:
+            setattr(config, name, rate)
+        if not found and rate > 0:
+            missing.append(kind)
+    return missing
+
+
+def inject(
+    layers: Sequence[torch.nn.Module], rates: dict[str, float | None], kinds: list[str]
+) -> None:
+    """Add dropout to layers whose architecture has none of that kind, as hooks on their linear layers.
+
+    hidden: on what a block adds to the residual stream; feed_forward: on the feed-forward block's
+    activations. Raises ConfigError naming the field where the layers cannot take it.
+    """
+    for kind in kinds:
+        rate = rates[kind] or 0.0
+        ends = BLOCK_ENDS if kind == "hidden" else FEED_FORWARD_ENDS
+        found = 0
+        for layer in layers if kind != "attention" else ():
+            for name, module in layer.named_modules():
+                if name.rpartition(".")[2] not in ends:
+                    continue
+                found += 1
+                if kind == "hidden":
+                    module.register_forward_hook(_drop_output(rate))
+                else:
+                    module.register_forward_pre_hook(_drop_input(rate))
+        if not found:
+            field = {"feed_forward": "feedForward"}.get(kind, kind)
+            raise ConfigError(
+                f"training.dropout.{field}: this model's architecture has no place for it; "
+                "leave the field out or set it to 0"
+            )
+
+
+def _drop_output(rate: float) -> Any:
+    def hook(module: torch.nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
+        return F.dropout(output, rate, module.training)
+
+    return hook
+
+
+def _drop_input(rate: float) -> Any:
+    def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (F.dropout(args[0], rate, module.training), *args[1:])
+
+    return hook
+
+
+def active(model: torch.nn.Module, config: Any) -> bool:
+    """Whether training this model drops anything at all (then its forward pass runs uncompiled)."""
+    rates = [getattr(config, name, 0) for names in NAMES.values() for name in names]
+    modules = [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)]
+    hooked = any(
+        m._forward_pre_hooks or m._forward_hooks
+        for m in model.modules()
+        if isinstance(m, torch.nn.Linear)
+    )
+    return hooked or any(isinstance(r, float | int) and r > 0 for r in [*rates, *modules])

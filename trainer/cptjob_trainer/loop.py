@@ -1,0 +1,284 @@
+"""The training loop: a step that can be read aloud, and evaluation, saving and reports around it."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from cptjob_trainer import dropout, failpoints
+from cptjob_trainer.checkpoints import Checkpoints, Saved
+from cptjob_trainer.config import TrainerConfig
+from cptjob_trainer.data import Batcher, StepRows, to_device
+from cptjob_trainer.errors import Stopped
+from cptjob_trainer.evaluate import TIME_SHARE, Evaluator, HeldOut
+from cptjob_trainer.metrics import MetricsLog
+from cptjob_trainer.model import LossModel, autocast, trainable
+from cptjob_trainer.optimizer import set_learning_rate
+from cptjob_trainer.reporter import Reporter
+from cptjob_trainer.schedule import default_warmup, learning_rate
+from cptjob_trainer.state import LoopState
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how this process computes."""
+
+    rank: int
+    world: int
+    device: torch.device
+    dtype: torch.dtype
+    sharded: bool
+    # Whether batches carry document borders for `packed_attention`.
+    documents: bool
+    # Whether anything is dropped, so that dropout masks must be keyed.
+    dropping: bool
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step did, summed over all ranks."""
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    targets: int
+    skipped: bool
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What all ranks know before a step."""
+
+    targets: int
+    stop: bool
+    evaluate: bool
+    tokens_by_source: dict[str, int]
+
+
+class Trainer:
+    """Trains from `state.step` to `total_steps`, and can be asked to stop between two steps."""
+
+    def __init__(
+        self,
+        config: TrainerConfig,
+        runtime: Runtime,
+        model: LossModel,
+        optimizer: torch.optim.Optimizer,
+        batcher: Batcher,
+        evaluator: Evaluator,
+        checkpoints: Checkpoints,
+        state: LoopState,
+        total_steps: int,
+        source_names: Sequence[str],
+        *,
+        stop_asked: Callable[[], bool],
+        metrics: MetricsLog | None,
+        reporter: Reporter,
+    ) -> None:
+        self.config, self.runtime = config, runtime
+        self.model, self.optimizer = model, optimizer
+        self.batcher, self.evaluator, self.checkpoints = batcher, evaluator, checkpoints
+        self.state, self.total_steps = state, total_steps
+        self.source_names = list(source_names)
+        self.stop_asked, self.metrics, self.reporter = stop_asked, metrics, reporter
+        self.parameters = [parameter for _, parameter in trainable(model)]
+        schedule = config.training.schedule
+        self.warmup_steps = (
+            default_warmup(total_steps) if schedule.warmup_steps is None else schedule.warmup_steps
+        )
+
+    # --- the step -----------------------------------------------------------------------------
+
+    def step(self, rows: StepRows, targets: int) -> Step:
+        """One optimizer step over this rank's rows; `targets` counts those of all ranks."""
+        rate = self.learning_rate(self.state.step)
+        set_learning_rate(self.optimizer, rate)
+        loss = torch.zeros((), device=self.runtime.device)
+        for micro in rows.micro_batches:
+            batch = to_device(micro, self.runtime.device, self.runtime.documents)
+            with dropout.keyed(self.config.training.seed, batch.rows, self.runtime.dropping):
+                with autocast(self.runtime.device, self.runtime.dtype, self.runtime.sharded):
+                    # Divided by the targets of the whole batch: every token of a step counts the
+                    # same, whatever row, rank or micro-batch it is in.
+                    part = self.model(batch) / max(1, targets)
+                part.backward()
+            loss += part.detach()
+        norm = clip_gradients(self.parameters, self.config.training.max_grad_norm)
+        skipped = self.config.training.guards.skip_non_finite and not bool(norm.isfinite())
+        if not skipped:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return Step(self._sum(loss), float(norm), rate, targets, skipped)
+
+    def learning_rate(self, step: int) -> float:
+        training = self.config.training
+        return learning_rate(
+            training.schedule.type,
+            step,
+            self.total_steps,
+            peak=training.learning_rate,
+            floor=training.schedule.min_learning_rate,
+            warmup_steps=self.warmup_steps,
+            constant_steps=training.schedule.constant_steps,
+        )
+
+    def _sum(self, value: torch.Tensor) -> float:
+        if self.runtime.world > 1:
+            dist.all_reduce(value)
+        return float(value)
+
+    def _agree(self, rows: StepRows) -> Agreed:
+        """Sums over ranks before a step, in one small reduction: counts, and what any rank wants."""
+        counts = [rows.tokens_by_source.get(at, 0) for at in range(len(self.source_names))]
+        # Only rank 0's clock decides on an evaluation: ranks of two minds would wait for ever.
+        due = self.runtime.rank == 0 and self._evaluation_due()
+        values = torch.tensor(
+            [rows.targets, int(self.stop_asked()), int(due), *counts], device=self.runtime.device
+        )
+        if self.runtime.world > 1:
+            dist.all_reduce(values)
+        targets, stops, evaluations, *tokens = (int(v) for v in values.tolist())
+        named = zip(self.source_names, tokens, strict=True)
+        return Agreed(
+            targets, stops > 0, evaluations > 0, {n: count for n, count in named if count}
+        )
+
+    # --- around the step ----------------------------------------------------------------------
+
+    def run(self, base: HeldOut | None) -> None:
+        """Train to the end, with evaluations and checkpoints. Raises Stopped after a stop was asked."""
+        failpoints.hit("train.start")
+        self.model.train()
+        waited = time.monotonic()
+        for rows in self.batcher.steps(self.state.step, self.total_steps):
+            began = time.monotonic()
+            data_wait = began - waited
+            agreed = self._agree(rows)
+            if agreed.stop:
+                self._stop()
+            failpoints.hit("train.step")
+            result = self.step(rows, agreed.targets)
+            seconds = time.monotonic() - began
+            self._record(agreed, result, rows.slots, seconds, data_wait)
+            if agreed.evaluate or self.state.step == self.total_steps:
+                self.evaluate(base)
+            self._save_if_due()
+            waited = time.monotonic()
+
+    def _record(
+        self, agreed: Agreed, step: Step, slots: int, seconds: float, data_wait: float
+    ) -> None:
+        state, tokens = self.state, agreed.tokens_by_source
+        for name, count in tokens.items():
+            state.tokens_by_source[name] = state.tokens_by_source.get(name, 0) + count
+        step_tokens = sum(tokens.values())
+        state.step += 1
+        state.tokens += step_tokens
+        state.targets += step.targets
+        state.training_seconds += seconds + data_wait
+        if step.skipped:
+            state.skipped.append(state.step)
+            log.warning("step %d: gradients are not finite; its update was skipped", state.step)
+        values: dict[str, Any] = {
+            "loss": step.loss,
+            "learningRate": step.learning_rate,
+            "gradNorm": step.grad_norm if math.isfinite(step.grad_norm) else None,
+            "tokens": step_tokens,
+            "tokensBySource": tokens,
+            "tokensPerSecond": step_tokens / max(seconds + data_wait, 1e-9),
+            "seconds": seconds,
+            "dataWait": data_wait,
+            "padding": 1.0 - step_tokens / max(1, slots * self.runtime.world),
+        }
+        values["mfu"] = self.reporter.mfu(step_tokens, seconds + data_wait)
+        if step.skipped:
+            values["skipped"] = True
+        if self.metrics is not None:
+            self.metrics.write(step=state.step, **values)
+        self.reporter.step(state, self.total_steps, values)
+
+    # --- evaluation ---------------------------------------------------------------------------
+
+    def _evaluation_due(self) -> bool:
+        """Whether to evaluate after the coming step: as asked, else when 3 % of the time allows it."""
+        every = self.config.validation.every_steps
+        if every is not None:
+            return (self.state.step + 1) % every == 0
+        spent, trained = self.state.evaluation_seconds, self.state.training_seconds
+        # Twice what was spent: one more evaluation, and the one at the end.
+        return spent > 0 and 2.0 * spent < TIME_SHARE * trained
+
+    def evaluate(self, base: HeldOut | None) -> HeldOut:
+        """Held-out losses now, written to metrics and progress, with the difference to `base`."""
+        failpoints.hit("train.evaluate")
+        self.reporter.phase("Evaluating")
+        began = time.monotonic()
+        result = self.evaluator.run(self.model)
+        self.state.evaluation_seconds += time.monotonic() - began
+        values = result.metrics()
+        if base is not None:
+            for role, loss in base.by_role.items():
+                key = f"heldout_{role.lower()}_loss"
+                if key in values:
+                    values[f"{key}_change"] = values[key] - loss
+        self.state.heldout = values
+        if self.metrics is not None:
+            self.metrics.write(step=self.state.step, evaluation=values)
+        self.reporter.evaluation(values)
+        return result
+
+    # --- saving -------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds: trained parameters under their own names, and AdamW's moments."""
+        return checkpoint_tensors(self.model, self.optimizer)
+
+    def _save_if_due(self) -> None:
+        every = self.config.checkpoint.every_steps
+        if self.state.step % every == 0 or self.state.step == self.total_steps:
+            self.save()
+
+    def save(self) -> Saved:
+        self.reporter.phase("Saving")
+        saved = self.checkpoints.save(self.state.step, self.tensors(), self.state.to_json())
+        self.reporter.saved(saved)
+        log.info("saved step %d in %.2f s (%.1f MB)", saved.step, saved.seconds, saved.bytes / 1e6)
+        return saved
+
+    def _stop(self) -> None:
+        saved = self.save()
+        raise Stopped(
+            f"stopped after step {saved.step} of {self.total_steps}, which is saved in "
+            f"{saved.path}; run the same command again to continue"
+        )
+
+
+def checkpoint_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, torch.Tensor]:
+    """Name -> tensor (or DTensor) of all that must be saved besides the loop's state."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, parameter in trainable(model):
+        tensors[f"model.{name}"] = parameter.detach()
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"optimizer.{name}.{key}"] = value
+    return tensors
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Scale gradients down to a total 2-norm of `max_norm` (0: never) and return the norm before."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm: torch.Tensor = nn.utils.get_total_norm(gradients)
+    if hasattr(norm, "full_tensor"):
+        norm = norm.full_tensor()
+    if max_norm > 0:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm

@@ -1,0 +1,67 @@
+"""`metrics.jsonl`: one line per step or evaluation, of one lineage."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# Peak bf16 matrix throughput without sparsity, FLOP/s, from NVIDIA's data sheets.
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "V100": 125e12,
+}
+
+
+class MetricsLog:
+    """Appends JSON lines. Opened at a step, it first drops what an abandoned attempt wrote beyond it."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        kept = [line for line in read_metrics(path) if line["step"] <= step]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        with temporary.open("w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in kept)
+        temporary.replace(path)
+        self._file = path.open("a")
+
+    def write(self, **values: Any) -> None:
+        """One line, at once visible to readers."""
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """Lines of a metrics file; a last line cut short by a crash is left out."""
+    if not path.exists():
+        return
+    with path.open() as file:
+        for text in file:
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
+                yield line
+
+
+def flops_per_token(parameters: int, layers: int, width: int, length: int) -> float:
+    """Training FLOPs of one token: 6 per parameter, and 6 * layers * width * length for causal scores.
+
+    PaLM (arXiv 2204.02311, appendix B) counts 12 * layers * width * length for full attention; a causal
+    mask computes half of it.
+    """
+    return 6.0 * parameters + 6.0 * layers * width * length
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Peak FLOP/s of a device by its name, None when it is not in the table."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)

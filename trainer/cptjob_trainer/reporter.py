@@ -1,0 +1,90 @@
+"""What rank 0 tells the outside while it trains: progress into the store, at most twice a second."""
+
+import os
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+from cptjob_trainer.checkpoints import Saved
+from cptjob_trainer.progress import CheckpointRef, Phase, Progress, StorePublisher
+from cptjob_trainer.state import LoopState
+
+INTERVAL_SECONDS = 0.5
+# The estimate of what remains follows the speed of about this many steps.
+SMOOTHING_STEPS = 20
+STORE_VARIABLE = "CPTJOB_STORE"
+
+
+class Reporter:
+    """Progress of one process; silent in all ranks but 0 and where there is no store."""
+
+    def __init__(self, rank: int, flops_per_token: float, peak_flops: float | None, epochs: float):
+        address = os.environ.get(STORE_VARIABLE, "") if rank == 0 else ""
+        self._publisher = StorePublisher(address) if address else None
+        self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
+        self._epochs = epochs
+        self._progress = Progress(phase="Loading")
+        self._sent = 0.0
+        self._seconds_per_step: float | None = None
+
+    def mfu(self, tokens: int, seconds: float) -> float | None:
+        """Model FLOPs utilisation: achieved over peak, None where the device's peak is not known."""
+        if self._peak_flops is None or seconds <= 0:
+            return None
+        return tokens * self._flops_per_token / seconds / self._peak_flops
+
+    def phase(self, phase: Phase, message: str = "") -> None:
+        self._update(phase=phase, message=message)
+        self._send(force=True)
+
+    def start(self, step: int, total_steps: int) -> None:
+        """The step to begin from, before the first is done."""
+        self._update(current_step=step, total_steps=total_steps)
+        self._send(force=True)
+
+    def step(self, state: LoopState, total_steps: int, values: dict[str, Any]) -> None:
+        seconds = values["seconds"] + values["dataWait"]
+        if self._seconds_per_step is None:
+            self._seconds_per_step = seconds
+        self._seconds_per_step += (seconds - self._seconds_per_step) / SMOOTHING_STEPS
+        numbers = ("loss", "learningRate", "gradNorm", "dataWait", "padding", "mfu")
+        metrics = {n: values[n] for n in numbers if values.get(n) is not None}
+        share = state.step / total_steps
+        self._update(
+            phase="Training",
+            message="",
+            current_step=state.step,
+            total_steps=total_steps,
+            epoch=self._epochs * share,
+            progress_percentage=100.0 * share,
+            estimated_remaining_seconds=(total_steps - state.step) * self._seconds_per_step,
+            tokens_per_second=values["tokensPerSecond"],
+            metrics=self._progress.metrics | metrics,
+        )
+        self._send(force=state.step == total_steps)
+
+    def evaluation(self, values: dict[str, float]) -> None:
+        self._update(metrics=self._progress.metrics | values)
+        self._send(force=True)
+
+    def saved(self, saved: Saved) -> None:
+        reference = CheckpointRef(
+            step=saved.step, time=datetime.now(UTC), uri=saved.path.absolute().as_uri()
+        )
+        self._update(last_checkpoint=reference)
+        self._send(force=True)
+
+    def close(self) -> None:
+        if self._publisher is not None:
+            self._publisher.close()
+
+    def _update(self, **values: Any) -> None:
+        self._progress = self._progress.model_copy(
+            update=values | {"last_updated_time": datetime.now(UTC)}
+        )
+
+    def _send(self, force: bool = False) -> None:
+        now = time.monotonic()
+        if self._publisher is not None and (force or now - self._sent >= INTERVAL_SECONDS):
+            self._sent = now
+            self._publisher.publish(self._progress)
