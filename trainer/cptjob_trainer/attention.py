@@ -11,6 +11,7 @@ believed: two documents are run packed and alone.
 import contextlib
 import copy
 import inspect
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def _by_document(
     rows = []
     for row, starts in enumerate(pieces):
         outputs = []
-        for start, end in zip(starts, starts[1:], strict=False):
+        for start, end in itertools.pairwise(starts):
             q, k, v = (x[row : row + 1, :, start:end] for x in (query, key, value))
             k, v = _repeat_heads(k, groups), _repeat_heads(v, groups)
             if dropout:
