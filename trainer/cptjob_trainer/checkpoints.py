@@ -344,8 +344,8 @@ class Checkpoints:
         newest = generations.newest(self.directory)
         if newest != self._generation:
             raise OutputBusyError(
-                f"another process has taken over this run in {self.directory} (generation {newest}, "
-                f"this one is {self._generation}); this one stops"
+                f"another process has taken over this run in {self.directory} "
+                f"(generation {newest}, this one is {self._generation}); this one stops"
             )
 
     def _publish(

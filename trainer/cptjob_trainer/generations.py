@@ -43,10 +43,7 @@ class Claim:
 
 def claims(directory: Path) -> list[Claim]:
     """All claims in `directory`, oldest first. An unreadable one is an error: no guessing."""
-    found = []
-    for path in directory.iterdir():
-        if _CLAIM.fullmatch(path.name):
-            found.append(_read(path))
+    found = [_read(path) for path in directory.iterdir() if _CLAIM.fullmatch(path.name)]
     return sorted(found, key=lambda claim: claim.generation)
 
 
