@@ -1,0 +1,91 @@
+"""The coordinator with real processes: preparing, the store, progress over HTTP, its end."""
+
+import json
+import signal
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+
+MakeJob = Callable[..., Any]
+
+
+def _get(address: str, path: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(f"http://{address}{path}", timeout=5) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, ""
+
+
+def _coordinate(made: Any) -> Any:
+    return made.start(
+        "coordinator",
+        *("--host", "127.0.0.1", "--store-port", "0", "--http-port", "0"),
+        *("--address-directory", str(made.directory)),
+        *("--prepare", "standin_worker:prepare_text"),
+    )
+
+
+def test_it_prepares_serves_progress_and_ends_with_the_job(job: MakeJob) -> None:
+    made = job("train")
+    coordinator = _coordinate(made)
+    launcher = made.start(
+        *("launch", "--store", f"@{made.directory / 'store.address'}"),
+        *("--entrypoint", "standin_worker:main"),
+    )
+    made.wait_until(lambda: len(made.notes("training")) == 2, "workers train")
+    address = (made.directory / "http.address").read_text().strip()
+    assert _get(address, "/healthz")[0] == 200
+    assert _get(address, "/readyz")[0] == 200
+    assert _get(address, "/nothing")[0] == 404
+    assert json.loads(_get(address, "/progress")[1])["phase"] == "Loading"
+    assert 'cptjob_phase{phase="Loading"} 1.0' in _get(address, "/metrics")[1]
+
+    launcher.send_signal(signal.SIGTERM)
+    assert made.end(launcher)[0] == 143
+    assert made.end(coordinator)[0] == 0
+
+
+def test_progress_of_rank_0_is_served(job: MakeJob) -> None:
+    made = job("publish")
+    coordinator = _coordinate(made)
+    launcher = made.start(
+        *("launch", "--store", f"@{made.directory / 'store.address'}"),
+        *("--entrypoint", "standin_worker:main"),
+    )
+    made.wait_until(lambda: made.notes("published"), "rank 0 has published")
+    address = (made.directory / "http.address").read_text().strip()
+    made.wait_until(
+        lambda: json.loads(_get(address, "/progress")[1])["currentStep"] == 5, "it is served"
+    )
+    assert "cptjob_step 5.0" in _get(address, "/metrics")[1]
+    launcher.send_signal(signal.SIGTERM)
+    assert made.end(launcher)[0] == 143
+    assert made.end(coordinator)[0] == 0
+
+
+def test_broken_data_ends_it_with_65_before_any_worker(job: MakeJob) -> None:
+    made = job("bad")
+    coordinator = _coordinate(made)
+    code, errors = made.end(coordinator)
+    assert code == 65
+    assert errors.strip() == "error: two files are broken"
+    assert made.termination().reason == "DataError"
+    assert not (made.directory / "store.address").exists()
+
+
+def test_launchers_say_so_when_the_coordinator_is_gone(job: MakeJob) -> None:
+    made = job("train")
+    coordinator = _coordinate(made)
+    launcher = made.start(
+        *("launch", "--store", f"@{made.directory / 'store.address'}"),
+        *("--entrypoint", "standin_worker:main"),
+    )
+    made.wait_until(lambda: len(made.notes("training")) == 2, "workers train")
+    coordinator.kill()
+    code, errors = made.end(launcher)
+    assert code == 75
+    assert made.notes("saved") == ["saved.0.0", "saved.1.0"], "workers were asked to save"
+    assert "the coordinator at 127.0.0.1:" in made.termination(1).message
+    assert "Traceback" not in errors

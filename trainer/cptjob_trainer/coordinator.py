@@ -1,0 +1,158 @@
+"""Prepares a job's data, then hosts the store its processes meet in and serves its progress.
+
+    python -m cptjob_trainer.coordinator --config CONFIG.json --store-port PORT --http-port PORT
+
+It needs no device. Nothing heavy is imported before preparing is done, so that broken data is
+reported at once.
+"""
+
+import argparse
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from cptjob_trainer import lifeline, termination
+from cptjob_trainer.config import TrainerConfig
+from cptjob_trainer.errors import Stopped
+from cptjob_trainer.progress import STORE_KEY, Progress, ProgressServer
+from cptjob_trainer.termination import Termination
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import TCPStore
+
+_POLL_SECONDS = 0.25
+#: Name of the file in --address-directory with the address of the HTTP server, and of the store.
+HTTP_FILE = "http.address"
+STORE_FILE = "store.address"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the coordinator process."""
+    options = _parse(arguments)
+    with termination.guard():
+        _coordinate(options)
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="cptjob_trainer.coordinator", description=__doc__)
+    parser.add_argument("--config", required=True, help="TrainerConfig as JSON")
+    parser.add_argument("--host", default="0.0.0.0", help="address to listen on")
+    parser.add_argument("--store-port", type=int, default=29400, help="0: any free port")
+    parser.add_argument("--http-port", type=int, default=9400, help="0: any free port")
+    parser.add_argument("--address-directory", help="where to write the addresses that were taken")
+    parser.add_argument(
+        "--prepare", default="cptjob_trainer.prepare:prepare", help=argparse.SUPPRESS
+    )
+    return parser.parse_args(arguments)
+
+
+class _Lifetime:
+    """What signals mean here: a stop ends it at once, a dead client leaves workers time to save."""
+
+    def __init__(self, grace_seconds: float) -> None:
+        self._grace_seconds = grace_seconds
+        self._serving = False
+        self.deadline = float("inf")
+
+    def follow(self) -> None:
+        signal.signal(signal.SIGTERM, self._stop)
+        signal.signal(signal.SIGINT, self._stop)
+        signal.signal(signal.SIGHUP, self._orphaned)
+        if not lifeline.follow_parent(signal.SIGHUP):
+            self._stop(signal.SIGHUP, None)
+
+    def serving(self) -> None:
+        """From now on workers may depend on the store."""
+        self._serving = True
+
+    def _stop(self, _number: int, _frame: FrameType | None) -> None:
+        raise Stopped("the coordinator was asked to stop")
+
+    def _orphaned(self, number: int, frame: FrameType | None) -> None:
+        if not self._serving:
+            self._stop(number, frame)
+        self.deadline = time.monotonic() + self._grace_seconds
+
+
+def _coordinate(options: argparse.Namespace) -> None:
+    config = TrainerConfig.load(options.config)
+    lifetime = _Lifetime(config.checkpoint.grace_period_seconds + 5.0)
+    lifetime.follow()
+    server = ProgressServer(options.host, options.http_port)
+    _write_address(options, HTTP_FILE, server.port)
+    prepared = _prepare(options.prepare, config, server)
+    server.update(Progress(phase="Loading", message="starting the training processes"))
+
+    from cptjob_trainer import store  # imports torch
+
+    lifetime.serving()
+    host = store.host(options.host, options.store_port)
+    host.set(store.PREPARED_KEY, str(prepared))
+    _write_address(options, STORE_FILE, host.port)
+    server.set_ready()
+    _serve(host, server, lifetime)
+    server.close()
+
+
+def _prepare(function: str, config: TrainerConfig, server: ProgressServer) -> Path:
+    """Prepares the data in this process; the directory it lies in."""
+    import importlib
+
+    module, _, name = function.partition(":")
+
+    def report(what: str, done: int, total: int) -> None:
+        percentage = 100.0 * done / total if total else 0.0
+        server.update(Progress(phase="Preparing", message=what, progress_percentage=percentage))
+
+    prepared = getattr(importlib.import_module(module), name)(config, report)
+    directory: Path = prepared.directory
+    return directory
+
+
+def _write_address(options: argparse.Namespace, name: str, port: int) -> None:
+    if options.address_directory is None:
+        return
+    host = "127.0.0.1" if options.host == "0.0.0.0" else options.host
+    target = Path(options.address_directory) / name
+    temporary = target.with_name(f".{name}.{os.getpid()}")
+    temporary.write_text(f"{host}:{port}\n")
+    temporary.replace(target)
+
+
+def _serve(host: "TCPStore", server: ProgressServer, lifetime: _Lifetime) -> None:
+    """Passes progress on until a launcher says that the job is over."""
+    from cptjob_trainer import store
+
+    while time.monotonic() < lifetime.deadline:
+        if host.check([STORE_KEY]):
+            server.update(_read(host.get(STORE_KEY), server.current()))
+        if host.check([store.DONE_KEY]):
+            ended = Termination.from_json(host.get(store.DONE_KEY).decode())
+            server.update(_final(server.current(), ended))
+            # Whoever watches the progress gets to see the end of it.
+            time.sleep(2 * _POLL_SECONDS)
+            return
+        time.sleep(_POLL_SECONDS)
+
+
+def _read(value: bytes, previous: Progress) -> Progress:
+    try:
+        return Progress.model_validate_json(value)
+    except ValueError:
+        return previous  # written by another version; a wrong report is worse than an old one
+
+
+def _final(last: Progress, ended: Termination) -> Progress:
+    if ended.exit_code == 0:
+        return last.model_copy(update={"phase": "Complete"})
+    stopped = ended.exit_code == termination.STOPPED
+    return last.model_copy(
+        update={"phase": "Stopped" if stopped else "Failed", "message": ended.message}
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""Starts a node's training processes and answers for how they end.
+
+    python -m cptjob_trainer.launch --config CONFIG.json --store HOST:PORT
+
+The exit code and the termination message are those of the worker that failed first. Nothing heavy
+is imported at the top: workers import this module again, and the fork server is to start first.
+"""
+
+import argparse
+import contextlib
+import math
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
+
+from cptjob_trainer import forkserver, lifeline, termination
+from cptjob_trainer.config import TrainerConfig
+from cptjob_trainer.errors import CPTJobError, Stopped, UsageError
+from cptjob_trainer.termination import STOPPED, Termination
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import TCPStore
+
+    from cptjob_trainer.agent import Agent
+
+ENTRYPOINT = "cptjob_trainer.worker:main"
+
+#: How long launchers wait for the others of the gang.
+JOIN_SECONDS = 600
+STORE_TIMEOUT_SECONDS = 15.0
+
+
+class CoordinatorLostError(CPTJobError):
+    """The coordinator, and the store it hosts, went away while the job ran."""
+
+    exit_code = 75
+
+
+class GangError(CPTJobError):
+    """The launchers of the job did not come together."""
+
+    exit_code = 75
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the launcher process."""
+    options = _parse(arguments)
+    with termination.guard():
+        ended = _launch(options)
+    _end(ended)
+
+
+def _end(ended: Termination) -> NoReturn:
+    if ended.exit_code != 0:
+        prefix = "" if ended.exit_code == STOPPED else "error: "
+        print(f"{prefix}{ended.message}", file=sys.stderr)
+        termination.write(ended)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: the rendezvous has threads that would be waited for.
+    os._exit(ended.exit_code)
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="cptjob_trainer.launch", description=__doc__)
+    parser.add_argument("--config", required=True, help="TrainerConfig as JSON")
+    parser.add_argument(
+        "--store", required=True, help="HOST:PORT, or @FILE that the coordinator writes it to"
+    )
+    parser.add_argument("--nnodes", type=int, help="default: processes.numNodes")
+    parser.add_argument("--nproc-per-node", type=int, help="default: processes.numProcPerNode")
+    parser.add_argument("--run-id", help="default: the job's uid")
+    parser.add_argument("--entrypoint", default=ENTRYPOINT, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+class _StopBeforeAgent(BaseException):
+    """A stop was asked for before there was an agent to ask."""
+
+
+def _launch(options: argparse.Namespace) -> Termination:
+    parent_lives = lifeline.follow_parent(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, _stop_early)
+    signal.signal(signal.SIGINT, _stop_early)
+    try:
+        if not parent_lives:
+            raise _StopBeforeAgent
+        config = TrainerConfig.load(options.config)
+        nodes = options.nnodes or config.processes.num_nodes
+        processes = options.nproc_per_node or config.processes.num_proc_per_node
+        _set_environment(nodes, processes)
+        forkserver.start(options.entrypoint)
+        address = _wait_for_address(options.store)
+        from cptjob_trainer.agent import StopRequested  # imports torch, while the server does too
+    except _StopBeforeAgent:
+        raise Stopped("stopped before training began; the same command starts it again") from None
+    try:
+        return _run_agent(options, config, nodes, processes, address)
+    except (StopRequested, _StopBeforeAgent):
+        raise Stopped("stopped while no worker ran; the same command continues") from None
+
+
+def _stop_early(_number: int, _frame: FrameType | None) -> None:
+    raise _StopBeforeAgent
+
+
+def _set_environment(nodes: int, processes: int) -> None:
+    """What must be in the environment before the fork server imports torch."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // processes)))
+    # torch.cuda.is_available() would otherwise initialise CUDA, which no fork survives.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # The agent hosts the workers' store itself.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    if nodes == 1:
+        # One machine talks to itself; its host name need not resolve to anything.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
+def available_cores() -> int:
+    """Cores this process may use, by affinity and by the container's limit."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return cores if quota == "max" else max(1, min(cores, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):
+        return cores
+
+
+def _wait_for_address(where: str) -> str:
+    """host:port of a store that accepts connections. Waits for ever: preparing may take hours."""
+    while True:
+        address = where
+        if where.startswith("@"):
+            try:
+                address = Path(where[1:]).read_text().strip()
+            except OSError:
+                address = ""
+        if address and _accepts(address):
+            return address
+        time.sleep(0.1)
+
+
+def _accepts(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise UsageError(f"--store: {address!r} is not HOST:PORT")
+    try:
+        with socket.create_connection((host, int(port)), timeout=1.0):
+            return True
+    except OSError:
+        return False
+
+
+def _run_agent(
+    options: argparse.Namespace, config: TrainerConfig, nodes: int, processes: int, address: str
+) -> Termination:
+    from torch.distributed.elastic.rendezvous import RendezvousError
+
+    from cptjob_trainer import store
+    from cptjob_trainer.agent import Agent, AgentSettings, rendezvous
+
+    lost = f"the coordinator at {address} is gone; its log says why. Run the job again to continue"
+    try:
+        client = store.connect(address, STORE_TIMEOUT_SECONDS)
+        prepared = _wait_for_key(client, store.PREPARED_KEY)
+        local_address = "127.0.0.1" if nodes == 1 else _address_towards(address)
+        run_id = options.run_id or config.uid
+        handler = rendezvous(client, run_id, nodes, local_address, JOIN_SECONDS)
+    except (RendezvousError, RuntimeError) as error:
+        raise CoordinatorLostError(lost) from error
+
+    settings = AgentSettings(
+        entrypoint=options.entrypoint,
+        config_path=options.config,
+        local_address=local_address,
+        grace_seconds=config.checkpoint.grace_period_seconds,
+        environment={"CPTJOB_STORE": address, "CPTJOB_PREPARED": prepared},
+    )
+    agent = Agent(
+        handler,
+        processes,
+        config.elastic.max_restarts,
+        settings,
+        said_by_others=lambda: _said_by_others(client),
+    )
+    signal.signal(signal.SIGTERM, agent.handle_signal)
+    signal.signal(signal.SIGINT, agent.handle_signal)
+    try:
+        ended = _outcome(agent, client, lost)
+    finally:
+        threading.Thread(target=handler.shutdown, daemon=True).start()
+        agent.close()
+    _announce(client, ended)
+    return ended
+
+
+def _outcome(agent: "Agent", client: "TCPStore", lost: str) -> Termination:
+    """Runs the agent to its end; how it ended."""
+    from torch.distributed.elastic.rendezvous import (
+        RendezvousClosedError,
+        RendezvousConnectionError,
+        RendezvousTimeoutError,
+    )
+
+    try:
+        agent.run()
+    except RendezvousClosedError:
+        return _said_by_others(client) or Termination(
+            GangError.exit_code, "GangError", "another launcher closed the job", time=time.time()
+        )
+    except RendezvousTimeoutError as error:
+        raise GangError(f"not all launchers came within {JOIN_SECONDS} s") from error
+    except (RendezvousConnectionError, RuntimeError) as error:
+        if isinstance(error, RendezvousConnectionError) or not _alive(client):
+            raise CoordinatorLostError(lost) from error
+        raise
+    assert agent.termination is not None
+    return agent.termination
+
+
+def _alive(client: "TCPStore") -> bool:
+    try:
+        client.check(["cptjob/alive"])
+        return True
+    except RuntimeError:
+        return False
+
+
+def _wait_for_key(client: "TCPStore", key: str) -> str:
+    while not client.check([key]):
+        time.sleep(0.1)
+    return str(client.get(key).decode())
+
+
+def _said_by_others(client: "TCPStore") -> Termination | None:
+    from cptjob_trainer import store
+
+    try:
+        if client.check([store.DONE_KEY]):
+            return Termination.from_json(client.get(store.DONE_KEY).decode())
+    except (RuntimeError, ValueError):
+        pass
+    return None
+
+
+def _announce(client: "TCPStore", ended: Termination) -> None:
+    """Tells the coordinator, and the launchers that are left, that the job is over."""
+    from cptjob_trainer import store
+
+    with contextlib.suppress(RuntimeError):  # the coordinator may be gone already
+        client.set(store.DONE_KEY, ended.to_json())
+
+
+def _address_towards(address: str) -> str:
+    """This machine's address on the way to ``address``."""
+    host, _, port = address.rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=5.0) as connection:
+        return str(connection.getsockname()[0])
+
+
+if __name__ == "__main__":
+    main()
