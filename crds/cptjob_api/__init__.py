@@ -1,0 +1,1 @@
+"""The CPTJob API as types: the spec, its status, the rules, the loader and what is generated."""
