@@ -46,13 +46,20 @@ def _repeat_heads(x: torch.Tensor, times: int) -> torch.Tensor:
 
 
 def _with_dropout(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, p: float, row: int, window: int
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    window: int,
+    p: float,
+    row: int,
+    place: tuple[int, ...],
 ) -> torch.Tensor:
     """Attention of one document written out, for the mask of dropped scores must be our own."""
     scores = (q @ k.transpose(-1, -2)).float() * scale
     scores = scores.masked_fill(~_causal(q.shape[2], window, q.device), float("-inf"))
-    weights = keyed_dropout.apply(scores.softmax(-1).to(q.dtype), p, rows=[row])
-    return weights @ v
+    weights = scores.softmax(-1).to(q.dtype)
+    return (weights * keyed_dropout.keep_mask(weights, p, row, place)) @ v
 
 
 def _causal(length: int, window: int, device: torch.device) -> torch.Tensor:
@@ -72,6 +79,7 @@ def _by_document(
 ) -> torch.Tensor:
     """[b, heads, T, d] x 3 -> [b, T, heads, d]; one causal attention for each piece of each row."""
     groups = query.shape[1] // key.shape[1]
+    place = keyed_dropout.next_place() if dropout else ()
     rows = []
     for row, starts in enumerate(pieces):
         outputs = []
@@ -79,7 +87,8 @@ def _by_document(
             q, k, v = (x[row : row + 1, :, start:end] for x in (query, key, value))
             k, v = _repeat_heads(k, groups), _repeat_heads(v, groups)
             if dropout:
-                outputs.append(_with_dropout(q, k, v, scale, dropout, row, window))
+                here = (*place, start)
+                outputs.append(_with_dropout(q, k, v, scale, window, dropout, row, here))
             elif window and end - start > window:
                 mask = _causal(end - start, window, q.device)
                 outputs.append(F.scaled_dot_product_attention(q, k, v, mask, scale=scale))

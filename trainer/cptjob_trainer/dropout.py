@@ -56,24 +56,34 @@ def _seed(*parts: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def apply(x: torch.Tensor, p: float, rows: Sequence[int] | None = None) -> torch.Tensor:
-    """Drop elements of x [b, ...] (or [b*T, ...], row after row) with probability p, and scale up.
+def next_place() -> tuple[int, ...]:
+    """The next place in the network, for a caller that drops row by row under one place."""
+    return _place.next() if _place is not None else ()
 
-    `rows` are positions in the current micro-batch; all of them when left out.
-    """
+
+def apply(x: torch.Tensor, p: float) -> torch.Tensor:
+    """Drop elements of x [b, ...] (or [b*T, ...], row after row) with probability p, and scale up."""
     if p == 0.0:
         return x
     if _place is None:
         return _plain_dropout(x, p, training=True)
-    layer, count = _place.next()
-    chosen = _place.rows if rows is None else [_place.rows[i] for i in rows]
-    shaped = x if x.shape[0] == len(chosen) else x.unflatten(0, (len(chosen), -1))
-    mask = torch.empty_like(shaped)
+    place, rows = _place.next(), len(_place.rows)
+    shaped = x if x.shape[0] == rows else x.unflatten(0, (rows, -1))
+    mask = torch.stack([keep_mask(part, p, at, place) for at, part in enumerate(shaped)])
+    return (shaped * mask).view_as(x)
+
+
+def keep_mask(x: torch.Tensor, p: float, row: int, place: tuple[int, ...]) -> torch.Tensor:
+    """0 for what is dropped and 1 / (1 - p) for the rest, in the shape of x, which is of one row.
+
+    `row` is its position in the micro-batch.
+    """
+    mask = torch.empty_like(x, requires_grad=False)
+    if _place is None:
+        return mask.bernoulli_(1.0 - p).div_(1.0 - p)
     generator = torch.Generator(device=x.device)
-    for index, row in enumerate(chosen):
-        generator.manual_seed(_seed(_place.seed, row, layer, count))
-        mask[index].bernoulli_(1.0 - p, generator=generator)
-    return (shaped * mask.div_(1.0 - p)).view_as(x)
+    generator.manual_seed(_seed(_place.seed, _place.rows[row], *place))
+    return mask.bernoulli_(1.0 - p, generator=generator).div_(1.0 - p)
 
 
 def _functional(

@@ -201,14 +201,18 @@ def check_loss(model: LossModel, batch: Batch, dtype: torch.dtype) -> None:
         )
 
 
-def set_activation_checkpointing(lm: Any) -> None:
-    """Keep only each layer's input and compute the rest again in the backward pass."""
-    if not getattr(lm, "supports_gradient_checkpointing", False):
-        raise ConfigError(
-            f"training.activationCheckpointing: {type(lm).__name__} does not support it; use None"
-        )
-    lm.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-    lm.enable_input_require_grads()
+def set_activation_checkpointing(lm: nn.Module) -> None:
+    """Keep only each layer's input and compute the rest again in the backward pass.
+
+    transformers' own switch recomputes below the layer's hooks, which would draw other dropout masks.
+    """
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    layers = decoder_layers(lm)
+    for module in lm.modules():
+        if isinstance(module, nn.ModuleList) and len(module) and module[0] is layers[0]:
+            for at, layer in enumerate(module):
+                module[at] = checkpoint_wrapper(layer, preserve_rng_state=False)
 
 
 def shard(model: LossModel, device: torch.device, dtype: torch.dtype, world: int) -> None:

@@ -1,0 +1,149 @@
+"""One step is the same step however it is divided, and no token counts twice."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cptjob_trainer import dropout, model
+from cptjob_trainer.config import Dropout, Guards
+from cptjob_trainer.errors import ConfigError
+from cptjob_trainer.loop import checkpoint_tensors
+
+Build = Callable[..., Any]
+
+
+def test_micro_batches_of_any_size_give_the_same_losses(
+    model_dir: Build, rows: Build, trainer: Build, run_steps: Build
+) -> None:
+    path, data = model_dir("llama"), rows(40, 24, 2)
+    whole = run_steps(trainer(path, data, batch=4, micro=4, total_steps=10), 10)
+    parts = run_steps(trainer(path, data, batch=4, micro=1, total_steps=10), 10)
+    uneven = run_steps(trainer(path, data, batch=4, micro=3, total_steps=10), 10)
+    assert parts == pytest.approx(whole, rel=1e-5)
+    assert uneven == pytest.approx(whole, rel=1e-5)
+
+
+def test_activation_checkpointing_changes_no_loss(
+    model_dir: Build, rows: Build, trainer: Build, run_steps: Build
+) -> None:
+    path, data = model_dir("llama"), rows(20, 24, 2)
+    plain = run_steps(trainer(path, data, total_steps=8), 8)
+    saved = run_steps(trainer(path, data, total_steps=8, activation_checkpointing="Full"), 8)
+    assert saved == plain
+
+
+def test_activation_checkpointing_draws_the_dropout_masks_it_drew_before(
+    model_dir: Build, rows: Build, trainer: Build, run_steps: Build
+) -> None:
+    path, data = model_dir("llama"), rows(20, 24, 2)
+    settings: dict[str, Any] = {
+        "total_steps": 6,
+        "dropout": Dropout(hidden=0.2, attention=0.2, feed_forward=0.2),
+    }
+    plain = run_steps(trainer(path, data, **settings), 6)
+    saved = run_steps(trainer(path, data, activation_checkpointing="Full", **settings), 6)
+    assert saved == plain
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt", "gpt_neox", "bloom"])
+def test_dropout_belongs_to_rows_and_not_to_the_micro_batches_they_are_in(
+    model_type: str, model_dir: Build, rows: Build, trainer: Build, run_steps: Build
+) -> None:
+    path = model_dir(model_type)
+    packed = model_type != "bloom"
+    data = rows(20, 24, 2 if packed else 1)
+    settings: dict[str, Any] = {
+        "batch": 4, "total_steps": 6, "packed": packed, "dropout": Dropout(hidden=0.3, attention=0.3),
+    }  # fmt: skip
+    whole = run_steps(trainer(path, data, micro=4, **settings), 6)
+    parts = run_steps(trainer(path, data, micro=1, **settings), 6)
+    without = run_steps(trainer(path, data, micro=4, **settings | {"dropout": Dropout()}), 6)
+    assert parts == pytest.approx(whole, rel=1e-5)
+    assert whole != without
+
+
+def test_dropout_of_a_kind_that_an_architecture_has_no_place_for_is_refused_by_name(
+    model_dir: Build, rows: Build, trainer: Build
+) -> None:
+    with pytest.raises(ConfigError, match=r"training\.dropout\.feedForward"):
+        trainer(model_dir("mamba"), rows(4, 24, 1), packed=False, dropout=Dropout(feed_forward=0.1))
+
+
+def test_another_seed_drops_other_elements() -> None:
+    x = torch.ones(2, 50)
+    drawn = []
+    for seed in (1, 1, 2):
+        with dropout.keyed(seed, (7, 9), enabled=True):
+            drawn.append(torch.nn.functional.dropout(x, 0.5))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(drawn[0][0], drawn[0][1])
+
+
+def test_a_step_whose_gradients_are_not_finite_changes_nothing(
+    model_dir: Build, rows: Build, trainer: Build
+) -> None:
+    built = trainer(model_dir("llama"), rows(8, 24, 2))
+    with torch.no_grad():
+        built.model.lm.model.norm.weight.fill_(float("inf"))
+    before = {n: t.clone() for n, t in checkpoint_tensors(built.model, built.optimizer).items()}
+    step = built.step(built.batcher.step(0), 40)
+    after = checkpoint_tensors(built.model, built.optimizer)
+    assert step.skipped
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_guard_against_gradients_that_are_not_finite_can_be_turned_off(
+    model_dir: Build, rows: Build, trainer: Build
+) -> None:
+    built = trainer(model_dir("llama"), rows(8, 24, 2), guards=Guards(skip_non_finite=False))
+    with torch.no_grad():
+        built.model.lm.model.norm.weight.fill_(float("inf"))
+    assert not built.step(built.batcher.step(0), 40).skipped
+
+
+def test_lora_trains_adapters_only_and_starts_from_the_base_models_loss(
+    model_dir: Build, rows: Build, trainer: Build, run_steps: Build
+) -> None:
+    path, data = model_dir("llama"), rows(2, 24, 2)
+    full = run_steps(trainer(path, data, total_steps=12), 1)
+    built = trainer(path, data, total_steps=12, lora={"rank": 4}, learning_rate=2e-2)
+    frozen = {
+        name: p.clone() for name, p in built.model.named_parameters() if not p.requires_grad
+    }
+    lost = run_steps(built, 12)
+    assert lost[0] == pytest.approx(full[0], rel=1e-6)
+    assert lost[-1] < lost[0]
+    assert all(torch.equal(frozen[n], p) for n, p in built.model.named_parameters() if n in frozen)
+    names = [name for name, _ in model.trainable(built.model)]
+    assert names
+    assert all(".lora_" in name for name in names)
+
+
+def test_lora_targets_that_fit_no_layer_are_refused_with_the_names_that_would(
+    model_dir: Build, rows: Build, trainer: Build
+) -> None:
+    with pytest.raises(ConfigError, match=r"training\.lora\.targetModules.*q_proj"):
+        trainer(model_dir("llama"), rows(4, 24, 2), lora={"target_modules": ("nonsense",)})
+
+
+def test_bfloat16_keeps_fp32_weights_and_learns_the_same(
+    model_dir: Build, rows: Build, trainer: Build, run_steps: Build
+) -> None:
+    path, data = model_dir("llama"), rows(10, 24, 2)
+    full = run_steps(trainer(path, data, total_steps=12), 12)
+    built = trainer(path, data, total_steps=12, precision="BFloat16")
+    assert run_steps(built, 12) == pytest.approx(full, rel=2e-2)
+    assert {p.dtype for p in built.model.parameters()} == {torch.float32}
+
+
+def test_compiled_layers_lose_what_eager_ones_lose(
+    model_dir: Build, rows: Build, trainer: Build, run_steps: Build
+) -> None:
+    path, data = model_dir("llama"), rows(10, 24, 2)
+    eager = run_steps(trainer(path, data, total_steps=3), 3)
+    compiled = run_steps(trainer(path, data, total_steps=3, compile="Always"), 3)
+    assert compiled == pytest.approx(eager, rel=1e-4)
