@@ -50,8 +50,9 @@ check: $(VENV)/.dev ## look for faults; changes nothing
 	$(bin)/python -m cptjob_api.generate --check
 	$(bin)/python -m pytest -q tests/house
 
-generate: $(VENV)/.run ## write the CRD and the field reference from the types
+generate: $(VENV)/.run ## write the CRD, the field reference and the tree in README.md
 	$(bin)/python -m cptjob_api.generate
+	$(bin)/python docs/tree.py
 
 # ---- the environment: each file below says that its part is done ----
 

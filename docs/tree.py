@@ -1,0 +1,137 @@
+"""Write the tree in README.md, or check that it is true: `python docs/tree.py [--check]`.
+
+A module's line is the first sentence of its docstring; a document's is its title. What has neither
+gets its line here. Shown are two levels, and below them the modules of the packages.
+"""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+ROOT = Path(__file__).resolve().parent.parent
+START, END = "<!-- tree: `make generate` writes it -->\n", "<!-- end of tree -->"
+PACKAGES = {
+    "client/cptjob",
+    "crds/cptjob_api",
+    "operator/cptjob_operator",
+    "trainer/cptjob_trainer",
+}
+COLUMN = 30
+
+LINES = {
+    ".ci": "what a change must pass",
+    ".ci/run": "set-up, `make check`, `make test`, each timed",
+    "CONTRIBUTING.md": "how to change this project",
+    "LICENSE": "Apache-2.0",
+    "Makefile": "every command; `make` alone lists them",
+    "README.md": "this page",
+    "bench": "measurements, each against a peer in the same run",
+    "client": "for a person or a script",
+    "client/cptjob": "the command `cptjob`",
+    "crds": "the resource that a manifest describes",
+    "crds/cptjob_api": "the API as types: fields, defaults, checks",
+    "deploy": "what is applied to a cluster",
+    "deploy/examples": "manifests to start from",
+    "docs": "for readers",
+    "docs/decisions": "what was decided, and why",
+    "operator": "what runs once in a cluster",
+    "operator/cptjob_operator": "the operator: observe, plan, apply",
+    "pyproject.toml": "one project: extras, tools, who may import whom",
+    "requirements": "what is installed, locked with hashes: run, dev, bench, operator, assets, uv",
+    "tests": "by subject",
+    "tests/api": "types, manifests, generated files",
+    "tests/checkpoints": "saving, resuming, death at every point",
+    "tests/client": "the command line, as a person uses it",
+    "tests/data": "documents, tokens, rows, mixing",
+    "tests/house": "locks, README, examples",
+    "tests/run": "coordinator, launcher, stopping, restarts",
+    "tests/trainer": "architectures, loss, schedule, the step",
+    "trainer": "what runs in a job's pods",
+    "trainer/cptjob_trainer": "the trainer",
+}
+# Folders whose contents are not worth a line each.
+CLOSED = {"requirements"}
+# Not part of the story.
+HIDDEN = {".gitignore"}
+
+
+def tree() -> str:
+    """The tree as text, one entry a line. Raises ValueError for an entry that has no line."""
+    width = COLUMN
+    rows = [f"{name:<{width}} {about}".rstrip() for name, about in entries()]
+    return "\n".join(rows) + "\n"
+
+
+def entries() -> Iterator[tuple[str, str]]:
+    """(indented name, what it is) for each entry in the order of the tree."""
+    for path in sorted(shown(), key=lambda path: path.parts):
+        folder = (ROOT / path).is_dir()
+        indent = "    " * (len(path.parts) - 1)
+        yield indent + path.name + ("/" if folder else ""), about(path)
+
+
+def shown() -> set[PurePosixPath]:
+    paths: set[PurePosixPath] = set()
+    for file in files():
+        parts = file.parts
+        depth = 1 if parts[0] in CLOSED else 3 if "/".join(parts[:2]) in PACKAGES else 2
+        paths.update(PurePosixPath(*parts[:n]) for n in range(1, min(depth, len(parts)) + 1))
+    return {path for path in paths if path.name != "__init__.py" and str(path) not in HIDDEN}
+
+
+def files() -> list[PurePosixPath]:
+    """Files that belong to the project, new ones included."""
+    listing = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    return [PurePosixPath(name) for name in listing.split("\0") if name and (ROOT / name).exists()]
+
+
+def about(path: PurePosixPath) -> str:
+    """What an entry is, in a few words."""
+    if str(path) in LINES:
+        return LINES[str(path)]
+    file = ROOT / path
+    if path.suffix == ".py":
+        docstring = ast.get_docstring(ast.parse(file.read_text("utf-8"))) or ""
+        if docstring:
+            return docstring.split("\n\n")[0].replace("\n", " ").split(": `")[0].rstrip(".")
+    if path.suffix == ".md":
+        title = re.search(r"^# (.+)", file.read_text("utf-8"), re.MULTILINE)
+        if title:
+            return title[1]
+    if path.suffix == ".yaml" and path.parts[0] == "crds":
+        return "the CustomResourceDefinition, generated from the types"
+    if file.is_dir() and path.parent.as_posix() in PACKAGES:
+        return "" if not (file / "__init__.py").exists() else about(path / "__init__.py")
+    raise ValueError(f"{path} has no line in the README's tree: give it one in docs/tree.py")
+
+
+def main() -> int:
+    readme = ROOT / "README.md"
+    text = readme.read_text("utf-8")
+    before, _, rest = text.partition(START)
+    _, _, after = rest.partition(END)
+    try:
+        wanted = f"{before}{START}```\n{tree()}```\n{END}{after}"
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if wanted == text:
+        return 0
+    if "--check" in sys.argv[1:]:
+        print("error: the tree in README.md is not what is there; `make generate` writes it")
+        return 1
+    readme.write_text(wanted, "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
