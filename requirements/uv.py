@@ -8,6 +8,7 @@ import ast
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 # pip's name, uv's variable, what joins several values
@@ -25,6 +26,7 @@ SETTINGS = [
 
 
 def pip_settings() -> dict[str, str]:
+    """What pip is told on this machine, by the names of its options."""
     listing = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True
     ).stdout
@@ -37,16 +39,22 @@ def pip_settings() -> dict[str, str]:
     return settings
 
 
-def main() -> int:
-    environment = dict(os.environ)
-    settings = pip_settings()
+def environment(given: Mapping[str, str], settings: Mapping[str, str]) -> dict[str, str]:
+    """The environment for uv: what is given wins over what pip is told."""
+    result = dict(given)
     for name, variable, separator in SETTINGS:
-        if name in settings and variable not in environment:
-            environment[variable] = separator.join(settings[name].split())
+        if name in settings:
+            result.setdefault(variable, separator.join(settings[name].split()))
     # Like newer pip: trust what the system trusts.
-    environment.setdefault("UV_SYSTEM_CERTS", "1")
+    result.setdefault("UV_SYSTEM_CERTS", "1")
+    return result
+
+
+def main() -> int:
     uv = Path(sys.executable).with_name("uv")
-    return subprocess.run([uv, *sys.argv[1:]], env=environment).returncode
+    return subprocess.run(
+        [uv, *sys.argv[1:]], env=environment(os.environ, pip_settings())
+    ).returncode
 
 
 if __name__ == "__main__":
