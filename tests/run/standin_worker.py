@@ -8,7 +8,7 @@ import signal
 import time
 from pathlib import Path
 
-from cptjob_trainer import forkserver, progress, termination
+from cptjob_trainer import forkserver, progress
 from cptjob_trainer.config import TrainerConfig
 from cptjob_trainer.errors import ConfigError, DataError, MissingInputError, Stopped, UsageError
 
@@ -44,15 +44,14 @@ class _Run:
 
 
 def main(config_path: str) -> None:
-    with termination.guard():
-        config = TrainerConfig.load(config_path)
-        run = _Run(config)
-        run.note(
-            "started",
-            f"{os.getppid() == IMPORTED_BY} {forkserver.threads()} {os.environ['OMP_NUM_THREADS']}",
-        )
-        act, _, number = config.name.partition("-")
-        globals()[f"act_{act}"](run, int(number or 0))
+    config = TrainerConfig.load(config_path)
+    run = _Run(config)
+    run.note(
+        "started",
+        f"{os.getppid() == IMPORTED_BY} {forkserver.threads()} {os.environ['OMP_NUM_THREADS']}",
+    )
+    act, _, number = config.name.partition("-")
+    globals()[f"act_{act}"](run, int(number or 0))
 
 
 def act_ok(_run: _Run, _number: int) -> None:
@@ -119,5 +118,6 @@ def prepare_text(config: TrainerConfig, report: object) -> object:
 
     class Prepared:
         directory = Path(config.paths.prepared) / "abc"
+        digest = "abc"
 
     return Prepared()

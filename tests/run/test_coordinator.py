@@ -89,3 +89,26 @@ def test_launchers_say_so_when_the_coordinator_is_gone(job: MakeJob) -> None:
     assert made.notes("saved") == ["saved.0.0", "saved.1.0"], "workers were asked to save"
     assert "the coordinator at 127.0.0.1:" in made.termination(1).message
     assert "Traceback" not in errors
+
+
+def test_a_complete_output_ends_it_without_a_store(job: MakeJob) -> None:
+    made = job("ok")
+    (made.output / "model").mkdir()
+    (made.output / "model" / "config.json").write_text("{}")
+    files = {"model/config.json": {"bytes": 2, "sha256": "0"}}
+    manifest = made.output / "manifest.json"
+    manifest.write_text(json.dumps({"digest": "abc", "files": files}))
+    assert made.end(_coordinate(made))[0] == 0
+    assert made.termination().reason == "AlreadyComplete"
+    assert not (made.directory / "store.address").exists()
+
+
+def test_two_launchers_cannot_hold_one_output(job: MakeJob) -> None:
+    made = job("train")
+    first = made.launch("--lock-output")
+    made.wait_until(lambda: len(made.notes("training")) == 2, "workers train")
+    code, errors = made.end(made.launch("--lock-output"))
+    assert code == 75
+    assert f"in use by process {first.pid} on" in errors
+    first.send_signal(signal.SIGTERM)
+    assert made.end(first)[0] == 143

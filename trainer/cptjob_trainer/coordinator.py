@@ -7,6 +7,7 @@ reported at once.
 """
 
 import argparse
+import json
 import os
 import signal
 import time
@@ -22,6 +23,8 @@ from cptjob_trainer.termination import Termination
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import TCPStore
+
+    from cptjob_trainer.prepare import Prepared
 
 _POLL_SECONDS = 0.25
 #: Name of the file in --address-directory with the address of the HTTP server, and of the store.
@@ -84,21 +87,26 @@ def _coordinate(options: argparse.Namespace) -> None:
     server = ProgressServer(options.host, options.http_port)
     _write_address(options, HTTP_FILE, server.port)
     prepared = _prepare(options.prepare, config, server)
+    if _is_complete(config.paths.output, prepared.digest):
+        message = f"{config.paths.output} is complete; nothing is left to do"
+        print(message, flush=True)
+        termination.write(Termination(0, "AlreadyComplete", message, time=time.time()))
+        return
     server.update(Progress(phase="Loading", message="starting the training processes"))
 
     from cptjob_trainer import store  # imports torch
 
     lifetime.serving()
     host = store.host(options.host, options.store_port)
-    host.set(store.PREPARED_KEY, str(prepared))
+    host.set(store.PREPARED_KEY, str(prepared.directory))
     _write_address(options, STORE_FILE, host.port)
     server.set_ready()
     _serve(host, server, lifetime)
     server.close()
 
 
-def _prepare(function: str, config: TrainerConfig, server: ProgressServer) -> Path:
-    """Prepares the data in this process; the directory it lies in."""
+def _prepare(function: str, config: TrainerConfig, server: ProgressServer) -> "Prepared":
+    """Prepares the data in this process."""
     import importlib
 
     module, _, name = function.partition(":")
@@ -107,9 +115,19 @@ def _prepare(function: str, config: TrainerConfig, server: ProgressServer) -> Pa
         percentage = 100.0 * done / total if total else 0.0
         server.update(Progress(phase="Preparing", message=what, progress_percentage=percentage))
 
-    prepared = getattr(importlib.import_module(module), name)(config, report)
-    directory: Path = prepared.directory
-    return directory
+    prepared: Prepared = getattr(importlib.import_module(module), name)(config, report)
+    return prepared
+
+
+def _is_complete(output: Path, digest: str) -> bool:
+    """True when ``output`` holds the whole result of the job that ``digest`` stands for."""
+    try:
+        manifest = json.loads((output / "manifest.json").read_bytes())
+        files = manifest["files"].items()
+        whole = all((output / name).stat().st_size == said["bytes"] for name, said in files)
+        return bool(manifest["digest"] == digest) and whole
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def _write_address(options: argparse.Namespace, name: str, port: int) -> None:

@@ -14,7 +14,7 @@ from multiprocessing import forkserver, get_context
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-from cptjob_trainer import lifeline
+from cptjob_trainer import lifeline, termination
 
 _LAUNCHER_VARIABLE = "CPTJOB_FORKSERVER_OF"
 
@@ -61,7 +61,8 @@ def _run(entrypoint: str, argument: str, environment: dict[str, str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.update(environment)
     module, _, function = entrypoint.partition(":")
-    getattr(importlib.import_module(module), function)(argument)
+    with termination.guard():
+        getattr(importlib.import_module(module), function)(argument)
 
 
 def _tie_to_launcher() -> None:

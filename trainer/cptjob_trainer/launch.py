@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NoReturn
 from cptjob_trainer import forkserver, lifeline, termination
 from cptjob_trainer.config import TrainerConfig
 from cptjob_trainer.errors import CPTJobError, Stopped, UsageError
+from cptjob_trainer.locks import OutputLock
 from cptjob_trainer.termination import STOPPED, Termination
 
 if TYPE_CHECKING:
@@ -75,6 +76,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--nnodes", type=int, help="default: processes.numNodes")
     parser.add_argument("--nproc-per-node", type=int, help="default: processes.numProcPerNode")
+    parser.add_argument(
+        "--lock-output", action="store_true", help="hold the output's file lock (local runs)"
+    )
     parser.add_argument("--run-id", help="default: the job's uid")
     parser.add_argument("--entrypoint", default=ENTRYPOINT, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
@@ -95,8 +99,14 @@ def _launch(options: argparse.Namespace) -> Termination:
         nodes = options.nnodes or config.processes.num_nodes
         processes = options.nproc_per_node or config.processes.num_proc_per_node
         _set_environment(nodes, processes)
+        if options.lock_output:
+            OutputLock(config.paths.output, config.uid).acquire()
+        address = ""
+        if (config.paths.output / "manifest.json").exists():
+            # The coordinator may find that nothing is left to do.
+            address = _wait_for_address(options.store)
         forkserver.start(options.entrypoint)
-        address = _wait_for_address(options.store)
+        address = address or _wait_for_address(options.store)
         from cptjob_trainer.agent import StopRequested  # imports torch, while the server does too
     except _StopBeforeAgent:
         raise Stopped("stopped before training began; the same command starts it again") from None
