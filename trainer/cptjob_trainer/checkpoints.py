@@ -41,6 +41,9 @@ from cptjob_trainer.dcp_storage import (
     SafetensorsWriter,
     file_digest,
     is_full,
+    join,
+    local_bytes,
+    share,
 )
 from cptjob_trainer.errors import (
     CheckpointError,
@@ -158,7 +161,7 @@ class Checkpoints:
         candidates = [Path(path) for path in found["candidates"]]
         chosen = self._first_good(candidates)
         self._generation = self._ranks.once(lambda: self._claim(chosen, found["generation"]))
-        self._ranks.once(self._clean)
+        self.warnings.extend(self._ranks.once(self._clean))
         if chosen is not None:
             self._latest = Saved(chosen.step, chosen.path, 0.0, chosen.bytes)
         elif self._skipped or found["broken"]:
@@ -221,15 +224,18 @@ class Checkpoints:
                 chosen.path.name if chosen else None,
             ).generation
 
-    def _clean(self) -> None:
+    def _clean(self) -> list[str]:
         """Rank 0, as the owner: remove what earlier generations left half-written."""
         failpoints.hit("checkpoint.clean")
+        removed = []
         for path in sorted(self.directory.iterdir()):
             match = _DIRECTORY.fullmatch(path.name)
             if match and int(match[2]) < self._generation and not (path / MANIFEST).exists():
                 _remove(path)
+                removed.append(f"removed {path}: it has no {MANIFEST}, so it was never complete")
             elif path.name.startswith(".generation-"):
                 path.unlink(missing_ok=True)
+        return removed
 
     # -- loading -----------------------------------------------------------------------------------
 
@@ -242,14 +248,7 @@ class Checkpoints:
         state = dict(tensors)
         manifest: dict[str, Any] = self._ranks.once(lambda: read_manifest(resume.path))
         self._ranks.each(lambda: _check_fit(resume.path, manifest["tensors"], state))
-        with _translated(f"cannot load {resume.path}"), torch.no_grad():
-            dcp_load(
-                state,
-                storage_reader=SafetensorsReader(resume.path, manifest),
-                planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-                process_group=self._ranks.group,
-                no_dist=self._ranks.world == 1,
-            )
+        self._ranks.each(lambda: _read(resume.path, manifest, state))
 
     # -- saving ------------------------------------------------------------------------------------
 
@@ -275,32 +274,19 @@ class Checkpoints:
         return self._latest
 
     def stage(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Hold the values to be written. Synchronous saving needs no copy: training waits."""
+        """This rank's share of `tensors`. Saving while training waits needs no copy of it."""
         failpoints.hit("checkpoint.stage")
-        staged = dict(tensors)
-        self._ranks.each(lambda: _check_savable(staged))
-        return staged
+        self._ranks.each(lambda: _check_savable(tensors))
+        return share(tensors, self._ranks.rank, self._ranks.world)
 
     def write(self, path: Path, staged: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """Write all ranks' files into `path`; the index of what was written on rank 0, else {}."""
-        self._ranks.once(lambda: self._make_room(path))
-        writer = SafetensorsWriter(path, self._ranks.rank)
-        try:
-            with _quiet():
-                dcp_save(
-                    staged,
-                    storage_writer=writer,
-                    planner=DefaultSavePlanner(
-                        flatten_state_dict=False, flatten_sharded_tensors=False
-                    ),
-                    process_group=self._ranks.group,
-                    no_dist=self._ranks.world == 1,
-                )
-        except CheckpointException as failure:
-            rank, error = _root(failure)
-            self._ranks.once(partial(self._discard, path, _bytes(staged), error, rank))
+        """Write every rank's share into `path`; the index of what was written."""
+        needed = sum(self._ranks.gather(local_bytes(staged)))
+        self._ranks.once(lambda: self._make_room(path, needed))
+        reports = self._ranks.gather(_write(path, staged, self._ranks.rank))
+        self._ranks.once(lambda: self._check_written(path, needed, reports))
         failpoints.hit("checkpoint.written")
-        return writer.index or {}
+        return join(report["index"] for report in reports)
 
     def publish(
         self, path: Path, step: int, index: dict[str, Any], loop_state: dict[str, Any]
@@ -332,13 +318,32 @@ class Checkpoints:
         """The newest complete checkpoint that this process saved or began from."""
         return self._latest
 
-    def _make_room(self, path: Path) -> None:
-        """Rank 0, before writing: an earlier try at this step may have left a directory."""
+    def _make_room(self, path: Path, needed: int) -> None:
+        """Rank 0, before writing: a new directory on a volume with room for it."""
         if self._generation == 0:
             raise CheckpointError("save was called before open")
         self._check_owner()
-        if path.exists():
+        if path.exists():  # from an earlier try at this step
             _remove(path)
+        if shutil.disk_usage(self.directory).free < needed:
+            raise self._failure(path, needed, full=True)
+        with _usable(self.directory):
+            path.mkdir()
+
+    def _check_written(self, path: Path, needed: int, reports: list[dict[str, Any]]) -> None:
+        """Rank 0, after writing: all ranks succeeded, and what they wrote can be seen from here."""
+        failed = [(rank, report) for rank, report in enumerate(reports) if "fault" in report]
+        if failed:
+            rank, report = failed[0]
+            full = any(other["full"] for _, other in failed)
+            shutil.rmtree(path, ignore_errors=True)
+            raise self._failure(path, needed, full, f"rank {rank}: {report['fault']}")
+        for report in reports:
+            for name, file in report["index"]["files"].items():
+                if not (path / name).exists() or (path / name).stat().st_size != file["bytes"]:
+                    raise self._failure(
+                        path, needed, False, f"{name} cannot be seen by rank 0; is it one volume?"
+                    )
 
     def _check_owner(self) -> None:
         newest = generations.newest(self.directory)
@@ -371,29 +376,28 @@ class Checkpoints:
             generations.sync_directory(self.directory)
         except OSError as error:
             if (path / MANIFEST).exists():
-                raise
-            self._discard(path, _size(manifest), error)
+                raise OutputError(f"cannot make {path} durable: {error.strerror}") from error
+            shutil.rmtree(path, ignore_errors=True)
+            raise self._failure(path, _size(manifest), is_full(error), str(error)) from error
         failpoints.hit("checkpoint.after_publish")
         return _size(manifest)
 
-    def _discard(self, path: Path, needed: int, error: BaseException, rank: int = 0) -> None:
-        """Remove a half-written checkpoint and raise what a person can act on."""
-        shutil.rmtree(path, ignore_errors=True)
+    def _failure(self, path: Path, needed: int, full: bool, reason: str = "") -> OutputError:
+        """What a person can do about a checkpoint that could not be saved."""
         kept = (
             f"earlier checkpoints are untouched, the newest is {self._latest.path.name}"
             if self._latest
             else "there is no earlier checkpoint"
         )
-        if is_full(error):
-            free = shutil.disk_usage(self.directory).free
-            raise StorageFullError(
-                f"no room to save {path.name}: {amount(free)} are free on the volume of "
-                f"{self.directory} and {amount(needed)} are needed, beside the older checkpoints; "
-                "lower checkpoint.keepLast, delete what is not needed, or put the output on "
-                f"another volume; {kept}"
-            ) from error
-        kind = OutputError if isinstance(error, OSError) else CheckpointError
-        raise kind(f"cannot save {path} (rank {rank}): {error}; {kept}") from error
+        if not full:
+            return OutputError(f"cannot save {path}: {reason}; {kept}")
+        free = shutil.disk_usage(self.directory).free
+        return StorageFullError(
+            f"no room to save {path.name}: {amount(free)} are free on the volume of "
+            f"{self.directory} and {amount(needed)} are needed, beside the older checkpoints; "
+            "lower checkpoint.keepLast, delete what is not needed, or put the output on "
+            f"another volume; {kept}"
+        )
 
 
 # -- what stands on disk ---------------------------------------------------------------------------
@@ -557,10 +561,6 @@ def _remove(path: Path) -> None:
         _log.warning("cannot delete %s: %s", path, error)
 
 
-def _bytes(tensors: Mapping[str, torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
 def amount(count: float) -> str:
     """Bytes for people: 999 bytes, 1.5 MB."""
     if count < 1000:
@@ -607,27 +607,40 @@ def _check_fit(path: Path, saved: dict[str, Any], tensors: Mapping[str, torch.Te
         raise CheckpointError(f"the checkpoint {path} does not fit: {'; '.join(wrong[:5])}{more}")
 
 
-def _root(failure: CheckpointException) -> tuple[int, BaseException]:
-    rank = min(failure.failures)
-    return rank, failure.failures[rank][0]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """DCP warns whenever one process saves alone, which is what we ask for."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
-
-
-@contextmanager
-def _translated(what: str) -> Iterator[None]:
+def _write(path: Path, staged: dict[str, torch.Tensor], rank: int) -> dict[str, Any]:
+    """Write one rank's file; {"index"}, or {"fault", "full"} when that failed."""
+    writer = SafetensorsWriter(path, rank)
+    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
-        with _quiet():
+        # Another machine may not see rank 0's new directory yet.
+        path.mkdir(exist_ok=True)
+        with _alone():
+            dcp_save(staged, storage_writer=writer, planner=planner, no_dist=True)
+    except Exception as error:
+        return {"fault": str(error), "full": is_full(error)}
+    return {"index": writer.index}
+
+
+def _read(path: Path, manifest: dict[str, Any], state: dict[str, Any]) -> None:
+    """Fill `state` from the files of a checkpoint."""
+    reader = SafetensorsReader(path, manifest)
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    try:
+        with _alone(), torch.no_grad():
+            dcp_load(state, storage_reader=reader, planner=planner, no_dist=True)
+    except Exception as error:
+        raise CheckpointError(f"cannot load {path}: {error}") from error
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """DCP in this process only: without its warning about that, and with its errors unwrapped."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             yield
     except CheckpointException as failure:
-        rank, error = _root(failure)
-        raise CheckpointError(f"{what} (rank {rank}): {error}") from error
+        raise failure.failures[0][0] from failure
 
 
 @contextmanager
