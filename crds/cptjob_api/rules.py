@@ -256,7 +256,8 @@ RULES: tuple[Rule, ...] = (
         at="spec.training.sifting",
         field="betaValue",
         message="mode Unbiased needs a betaValue below 1",
-        cel="self.mode != 'Unbiased' || self.betaValue < 1.0",
+        # The API server tries rules on the empty default too, before it fills that in.
+        cel="!has(self.mode) || self.mode != 'Unbiased' || self.betaValue < 1.0",
         check=_unbiased_below_one,
     ),
 )
