@@ -1,0 +1,107 @@
+"""What the types accept and the trainer cannot do yet.
+
+A field that is accepted and ignored would be a lie, so each of these is refused with its reason.
+Whoever teaches the trainer one of them deletes its line here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from cptjob_api.fields import instances, parts, show
+from cptjob_api.job import CPTJob
+from cptjob_api.storage import Storage, is_storage_uri
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A field, the values of it that cannot be done, and what to do instead."""
+
+    field: str
+    refused: Callable[[Any], bool]
+    reason: str
+
+
+def _not(*values: Any) -> Callable[[Any], bool]:
+    return lambda value: value not in values
+
+
+def _remote(uri: str) -> bool:
+    return is_storage_uri(uri) and Storage.parse(uri).scheme in ("s3", "hf")
+
+
+def _any(value: Any) -> bool:
+    return True
+
+
+_COPY = "s3:// and hf:// cannot be read yet; copy it to a volume and write pvc://CLAIM/path"
+_WRITE = "s3:// cannot be written yet; write pvc://CLAIM/path"
+
+MISSING: tuple[Missing, ...] = (
+    Missing("spec.task", _not("CausalLM"), "only CausalLM can be trained yet"),
+    Missing("spec.model.storageUri", _remote, _COPY),
+    Missing("spec.datasets[].storageUri", _remote, _COPY),
+    Missing("spec.validation.datasets[].storageUri", _remote, _COPY),
+    Missing("spec.output.storageUri", _remote, _WRITE),
+    Missing(
+        "spec.data.deduplicate",
+        _not("None"),
+        "documents cannot be deduplicated yet; do it beforehand and leave this out",
+    ),
+    Missing(
+        "spec.data.normalize",
+        _not("None"),
+        "text cannot be normalised yet; do it beforehand and leave this out",
+    ),
+    Missing(
+        "spec.training.sifting.mode", _not("None"), "samples cannot be sifted yet; leave it out"
+    ),
+    Missing(
+        "spec.training.ropeScaling",
+        _any,
+        "positions cannot be scaled yet; lower maxLength to the model's positions",
+    ),
+    Missing(
+        "spec.training.guards.skipNonFinite",
+        _not(True),
+        "it cannot be turned off yet; leave it out",
+    ),
+    Missing("spec.training.guards.spikeFactor", _any, "spikes are not watched yet; leave it out"),
+    Missing(
+        "spec.training.guards.rollbackAfter", _any, "there is no rolling back yet; leave it out"
+    ),
+    Missing(
+        "spec.checkpoint.storageUri",
+        _any,
+        "checkpoints go to the output only; leave it out",
+    ),
+    Missing(
+        "spec.checkpoint.snapshotEverySteps",
+        _any,
+        "there are no copies in memory yet; lower everySteps instead",
+    ),
+    Missing("spec.checkpoint.maxBandwidth", _any, "saving cannot be slowed yet; leave it out"),
+    Missing("spec.tracking.mlflow", _any, "MLflow is not spoken yet; use TensorBoard"),
+)
+
+
+def unsupported(job: CPTJob) -> list[str]:
+    """One line for each thing asked that cannot be done yet; empty when the job can run."""
+    found = [
+        f"{show(path)}: {missing.reason}"
+        for missing in MISSING
+        for path, value in instances(job, parts(missing.field))
+        if missing.refused(value)
+    ]
+    return found + _elastic(job)
+
+
+def _elastic(job: CPTJob) -> list[str]:
+    policy, nodes = job.spec.elastic_policy, job.spec.trainer.num_nodes
+    asked = {"minNodes": policy.min_nodes, "maxNodes": policy.max_nodes} if policy else {}
+    return [
+        f"spec.elasticPolicy.{name}: the number of workers cannot move yet; set it to {nodes} or "
+        "leave it out"
+        for name, value in asked.items()
+        if value not in (None, nodes)
+    ]
