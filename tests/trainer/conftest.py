@@ -1,5 +1,6 @@
 """Tiny models of many architectures with random weights, and a trainer around one, in this process."""
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from cptjob_trainer import attention, dropout, evaluate, loop, model
 from cptjob_trainer.checkpoints import Checkpoints
 from cptjob_trainer.config import (
     DatasetInput,
+    Dropout,
     ModelInput,
     Paths,
     ResolvedLora,
@@ -27,6 +29,8 @@ from cptjob_trainer.optimizer import build_optimizer, initialise_state
 from cptjob_trainer.reporter import Reporter
 from cptjob_trainer.rows import Row
 from cptjob_trainer.state import LoopState
+
+__all__ = ["Dropout", "ResolvedLora", "ResolvedSchedule"]
 
 VOCABULARY = 128
 
@@ -144,33 +148,44 @@ def trainer(tmp_path: Path) -> Callable[..., loop.Trainer]:
             "method": "LoRA" if lora is not None else "Full",
             **training,
         }
-        config = TrainerConfig(
-            name="test",
-            uid="uid",
-            model=ModelInput(uri="file:///model", path=model_path),
-            datasets=(DatasetInput(name="a", uri="file:///data", path=tmp_path),),
-            training=ResolvedTraining(**settings),
-            paths=Paths(output=tmp_path / name),
-            compile=compile,
-        )
+        config = trainer_config(model_path, tmp_path / name, compile, settings)
         return assemble(config, rows, total_steps, packed)
 
     return build
 
 
+def trainer_config(
+    model_path: Path, output: Path, compile: str, training: dict[str, Any]
+) -> TrainerConfig:
+    return TrainerConfig(
+        name="test",
+        uid="uid",
+        model=ModelInput(uri="file:///model", path=model_path),
+        datasets=(DatasetInput(name="a", uri="file:///data", path=output),),
+        training=ResolvedTraining(**training),
+        paths=Paths(output=output),
+        compile=compile,
+    )
+
+
 def assemble(
-    config: TrainerConfig, rows: Sequence[Row], total_steps: int, packed: bool
+    config: TrainerConfig,
+    rows: Sequence[Row],
+    total_steps: int,
+    packed: bool,
+    rank: int = 0,
+    world: int = 1,
 ) -> loop.Trainer:
     """What the worker does around preparing and the process group."""
     training = config.training
     lm = model.load(config, packed)
     device = torch.device("cpu")
     runtime = loop.Runtime(
-        rank=0,
-        world=1,
+        rank=rank,
+        world=world,
         device=device,
         dtype=model.compute_dtype(training, device),
-        sharded=False,
+        sharded=world > 1,
         documents=lm.config._attn_implementation == attention.NAME,
         dropping=dropout.active(lm, lm.config),
     )
@@ -179,6 +194,8 @@ def assemble(
         model.set_activation_checkpointing(lm)
     if config.compile == "Always":
         model.compile_layers(wrapped)
+    if world > 1:
+        model.shard(wrapped, device, runtime.dtype, world)
     optimizer = build_optimizer(wrapped, training)
     initialise_state(optimizer)
     source = ListSource("a", "Domain", rows)
@@ -187,8 +204,8 @@ def assemble(
         "max_length": training.max_length,
         "pad_id": 0,
         "packed": packed,
-        "rank": 0,
-        "world": 1,
+        "rank": rank,
+        "world": world,
     }
     quota = total_steps * training.global_batch_size
     wrapped.train()
@@ -209,7 +226,7 @@ def assemble(
             documents=runtime.documents,
             device=device,
             dtype=runtime.dtype,
-            sharded=False,
+            sharded=runtime.sharded,
             **shape,
         ),
         Checkpoints(
@@ -218,13 +235,15 @@ def assemble(
             lineage={},
             keep_last=None,
             on_mismatch="Refuse",
+            rank=rank,
+            world=world,
         ),
         LoopState(),
         total_steps,
         ["a"],
         stop_asked=lambda: False,
         metrics=None,
-        reporter=Reporter(0, 1.0, None, 1.0),
+        reporter=Reporter(rank, 1.0, None, 1.0),
     )
 
 
@@ -248,3 +267,9 @@ def losses(trainer: loop.Trainer, steps: int) -> list[float]:
 def run_steps() -> Callable[..., list[float]]:
     """`run_steps(trainer, n)` trains n steps and gives their losses."""
     return losses
+
+
+@pytest.fixture
+def helpers() -> Any:
+    """This module, for tests that build their own trainers."""
+    return sys.modules[__name__]

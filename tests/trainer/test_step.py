@@ -1,7 +1,6 @@
 """One step is the same step however it is divided, and no token counts twice."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -111,9 +110,7 @@ def test_lora_trains_adapters_only_and_starts_from_the_base_models_loss(
     path, data = model_dir("llama"), rows(2, 24, 2)
     full = run_steps(trainer(path, data, total_steps=12), 1)
     built = trainer(path, data, total_steps=12, lora={"rank": 4}, learning_rate=2e-2)
-    frozen = {
-        name: p.clone() for name, p in built.model.named_parameters() if not p.requires_grad
-    }
+    frozen = {name: p.clone() for name, p in built.model.named_parameters() if not p.requires_grad}
     lost = run_steps(built, 12)
     assert lost[0] == pytest.approx(full[0], rel=1e-6)
     assert lost[-1] < lost[0]

@@ -222,7 +222,7 @@ def shard(model: LossModel, device: torch.device, dtype: torch.dtype, world: int
     averaged, because the loss is already divided by the targets of the whole global batch.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(device.type, (world,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
@@ -232,8 +232,10 @@ def shard(model: LossModel, device: torch.device, dtype: torch.dtype, world: int
         fully_shard(layer, mesh=mesh, mp_policy=policy)  # type: ignore[arg-type]
     fully_shard(model, mesh=mesh, mp_policy=policy)
     for module in model.modules():
-        if hasattr(module, "set_gradient_divide_factor"):
+        if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
+            # Plain sums: gloo knows no scaled ones.
+            module.set_force_sum_reduction_for_comms(True)
 
 
 def compiles(config: TrainerConfig, device: torch.device, flops: float, dropping: bool) -> bool:
