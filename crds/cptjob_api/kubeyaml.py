@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from cptjob_api.fields import Path
-from cptjob_trainer.errors import DataError, Fault
+from cptjob_trainer.errors import Fault, ManifestError
 
 MAX_BYTES = 1 << 20  # etcd takes no larger object
 MAX_NODES = 100_000  # aliases can multiply
@@ -103,9 +103,11 @@ class _Loader(yaml.SafeLoader):
 
 
 def documents(text: str, file: str) -> Iterator[Document]:
-    """The documents in a text that are not empty. Raises DataError with every fault of one."""
+    """The documents in a text that are not empty. Raises ManifestError with every fault of one."""
     if len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
-        raise DataError(faults=[Fault(file, 0, "larger than 1 MiB, which no cluster would take")])
+        raise ManifestError(
+            faults=[Fault(file, 0, "larger than 1 MiB, which no cluster would take")]
+        )
     try:
         for node in yaml.compose_all(text.removeprefix("\ufeff"), Loader=_Loader):
             if node is not None:
@@ -116,11 +118,11 @@ def documents(text: str, file: str) -> Iterator[Document]:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 0
         words = " ".join(each for each in (error.context, error.problem) if each)
-        raise DataError(faults=[Fault(file, line, f"not YAML: {words}")]) from error
+        raise ManifestError(faults=[Fault(file, line, f"not YAML: {words}")]) from error
     except yaml.YAMLError as error:
-        raise DataError(faults=[Fault(file, 0, f"not YAML: {error}")]) from error
+        raise ManifestError(faults=[Fault(file, 0, f"not YAML: {error}")]) from error
     except RecursionError as error:
-        raise DataError(faults=[Fault(file, 0, "nested too deeply")]) from error
+        raise ManifestError(faults=[Fault(file, 0, "nested too deeply")]) from error
 
 
 class _Builder:
@@ -136,7 +138,7 @@ class _Builder:
     def build(self, node: yaml.Node) -> Document:
         value = self._value(node, ())
         if self.faults:
-            raise DataError(faults=self.faults)
+            raise ManifestError(faults=self.faults)
         return Document(value, node.start_mark.line + 1, self.lines)
 
     def _fault(self, node: yaml.Node, message: str) -> None:
@@ -145,7 +147,7 @@ class _Builder:
     def _value(self, node: yaml.Node, path: Path) -> Any:
         self.built += 1
         if self.built > MAX_NODES:
-            raise DataError(faults=[Fault(self.file, 0, f"more than {MAX_NODES} values")])
+            raise ManifestError(faults=[Fault(self.file, 0, f"more than {MAX_NODES} values")])
         if id(node) in self.open:
             self._fault(node, "an anchor contains itself")
             return None

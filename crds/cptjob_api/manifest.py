@@ -27,7 +27,7 @@ from cptjob_api.fields import (
 from cptjob_api.job import API_VERSION, GROUP, KIND, CPTJob
 from cptjob_api.kubeyaml import Document, documents
 from cptjob_api.rules import RULES, Broken
-from cptjob_trainer.errors import DataError, Fault, MissingInputError, UsageError
+from cptjob_trainer.errors import Fault, ManifestError, MissingInputError, UsageError
 
 # Metadata that any object may have; anything else there is a slip of the pen.
 METADATA = (
@@ -79,12 +79,12 @@ def as_path(place: str) -> Path:
 
 
 def load_manifest(path: FilePath | str) -> Manifest:
-    """Read a file. Raises MissingInputError, or DataError with every fault that was found."""
+    """Read a file. Raises MissingInputError, or ManifestError with every fault that was found."""
     file = FilePath(path)
     try:
         text = file.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(faults=[Fault(str(path), 0, "not UTF-8 text")]) from error
+        raise ManifestError(faults=[Fault(str(path), 0, "not UTF-8 text")]) from error
     except OSError as error:
         raise MissingInputError(f"{path}: cannot be read: {error.strerror}") from error
     return parse_manifest(text, str(path))
@@ -107,10 +107,10 @@ def parse_manifest(text: str, file: str = "manifest") -> Manifest:
         if job is not None:
             jobs.append(job)
     if faults:
-        raise DataError(faults=sorted(faults, key=lambda fault: fault.line))
+        raise ManifestError(faults=sorted(faults, key=lambda fault: fault.line))
     if not jobs:
         more = f" ({'; '.join(notes)})" if notes else ""
-        raise DataError(faults=[Fault(file, 0, f"there is no {KIND} in it{more}")])
+        raise ManifestError(faults=[Fault(file, 0, f"there is no {KIND} in it{more}")])
     return Manifest(FilePath(file), tuple(jobs), tuple(taken), tuple(notes))
 
 

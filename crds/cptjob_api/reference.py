@@ -86,7 +86,9 @@ def _default(field: dict[str, Any], rule: str, required: bool) -> str:
         return "empty" if field["type"] in ("array", "object") else "none"
     if default == {}:
         return "its fields' defaults"
-    return f"`{str(default).lower() if isinstance(default, bool) else default or chr(34) * 2}`"
+    if default == "":
+        return '`""`'
+    return f"`{str(default).lower() if isinstance(default, bool) else default}`"
 
 
 def _bounds(field: dict[str, Any]) -> str:

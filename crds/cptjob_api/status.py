@@ -143,7 +143,7 @@ class ExcludedNode(Reported):
 class Incarnation(Reported):
     """How often the pod of one index was made in this attempt."""
 
-    index: Count = Field(description="Index of the worker; -1 is not used.")
+    index: Count = Field(description="Index of the worker, or 0.")
     role: Annotated[str, Field(max_length=32)] = Field(
         default="worker", description="worker or coordinator."
     )

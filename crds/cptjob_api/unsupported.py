@@ -49,22 +49,12 @@ MISSING: tuple[Missing, ...] = (
         "documents cannot be deduplicated yet; do it beforehand and leave this out",
     ),
     Missing(
-        "spec.data.normalize",
-        _not("None"),
-        "text cannot be normalised yet; do it beforehand and leave this out",
-    ),
-    Missing(
         "spec.training.sifting.mode", _not("None"), "samples cannot be sifted yet; leave it out"
     ),
     Missing(
         "spec.training.ropeScaling",
         _any,
         "positions cannot be scaled yet; lower maxLength to the model's positions",
-    ),
-    Missing(
-        "spec.training.guards.skipNonFinite",
-        _not(True),
-        "it cannot be turned off yet; leave it out",
     ),
     Missing("spec.training.guards.spikeFactor", _any, "spikes are not watched yet; leave it out"),
     Missing(

@@ -2,13 +2,14 @@
 
     CPTJobError                 70  a fault of ours, or one that nobody foresaw
     ├── UsageError              64  the command line is wrong
-    ├── DataError               65  a document, data set or manifest is broken; carries faults
+    ├── DataError               65  a document or data set is broken; carries faults
     ├── MissingInputError       66  a model, data set or file is not there
     ├── OutputError             73  the output cannot be created or written
     │   └── StorageFullError    74  the output's storage is full
     ├── CheckpointError         75  a checkpoint cannot be read or written
     ├── OutputBusyError         75  another job holds the output
     ├── ConfigError             78  the configuration asks for what cannot be done
+    │   └── ManifestError       78  a manifest is broken; carries faults
     └── Stopped                143  a clean stop, after saving; not a failure
 
 The numbers are exit codes (sysexits.h where one fits). A message says what is wrong, where, and
@@ -56,19 +57,18 @@ class Fault:
         return f"{place}: {self.message}"
 
 
-class DataError(CPTJobError):
+class FaultyError(CPTJobError):
     """Broken contents. Give it a message, or faults, or both (the message comes first)."""
-
-    exit_code = 65
 
     def __init__(self, message: str = "", faults: Iterable[Fault] = (), *, more: int = 0) -> None:
         """`more` counts faults that were found but not kept."""
+        self.message = message
         self.faults = list(faults)
         self.more = more
         super().__init__(message)
 
     def __str__(self) -> str:
-        lines = [self.args[0]] if self.args[0] else []
+        lines = [self.message] if self.message else []
         lines += [str(fault) for fault in self.faults[:SHOWN_FAULTS]]
         hidden = len(self.faults[SHOWN_FAULTS:]) + self.more
         if hidden:
@@ -76,14 +76,18 @@ class DataError(CPTJobError):
         return "\n".join(lines)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _restore_data_error, (type(self), self.args[0], self.faults, self.more)
+        return _restore, (type(self), self.message, self.faults, self.more)
 
 
-def _restore_data_error(
-    kind: type[DataError], message: str, faults: list[Fault], more: int
-) -> DataError:
+def _restore(kind: type[FaultyError], message: str, faults: list[Fault], more: int) -> FaultyError:
     """Faults must survive the trip from a worker process, which pickles exceptions."""
     return kind(message, faults, more=more)
+
+
+class DataError(FaultyError):
+    """A data set, document or model file with broken contents."""
+
+    exit_code = 65
 
 
 class MissingInputError(CPTJobError):
@@ -118,6 +122,12 @@ class OutputBusyError(CPTJobError):
 
 class ConfigError(CPTJobError):
     """A configuration that is well formed and asks for what cannot be done."""
+
+    exit_code = 78
+
+
+class ManifestError(FaultyError, ConfigError):
+    """A manifest with faults, each with its line."""
 
     exit_code = 78
 
