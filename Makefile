@@ -59,7 +59,7 @@ generate: $(VENV)/.run ## write the CRD, the field reference and the tree in REA
 $(VENV)/.uv: requirements/uv.txt
 	@if [ "$(PYTHON)" = none ]; then echo "Python 3.11 or newer with venv is needed" \
 	  "(Debian: apt-get install python3-venv). Name one with PYTHON=..."; exit 1; fi
-	@test -x $(bin)/python || $(PYTHON) -m venv $(VENV)
+	@$(bin)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(bin)/python -m pip install --quiet --require-hashes -r requirements/uv.txt
 	@touch $@
 
