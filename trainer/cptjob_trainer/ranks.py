@@ -43,7 +43,15 @@ class Ranks:
         """Every rank's `value` (JSON), in the order of ranks, on every rank."""
         if self.world == 1:
             return [value]
-        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        try:
+            return self._exchange(json.dumps(value).encode())
+        except RuntimeError as error:
+            raise errors.CheckpointError(
+                f"rank {self.rank} lost another rank while they agreed on a checkpoint: {error}"
+            ) from error
+
+    def _exchange(self, content: bytes) -> list[Any]:
+        text = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
         dist.all_gather(lengths, torch.tensor([text.numel()]), group=self.group)
         longest = max(int(length) for length in lengths)

@@ -1,0 +1,157 @@
+"""Broken checkpoints are named and passed over; the older one is used."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cptjob_trainer.errors import CheckpointError, ConfigError
+
+RANK_FILE = "rank-00000.safetensors"
+
+
+def truncate(path: Path) -> None:
+    file = path / RANK_FILE
+    file.write_bytes(file.read_bytes()[:-5])
+
+
+def lengthen(path: Path) -> None:
+    with open(path / RANK_FILE, "ab") as file:
+        file.write(b"x")
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray((path / RANK_FILE).read_bytes())
+    content[-9] ^= 4
+    (path / RANK_FILE).write_bytes(content)
+
+
+def lose_a_file(path: Path) -> None:
+    (path / RANK_FILE).unlink()
+
+
+def cut_the_manifest(path: Path) -> None:
+    file = path / "manifest.json"
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def empty_the_manifest(path: Path) -> None:
+    (path / "manifest.json").write_bytes(b"")
+
+
+def edit_the_manifest(path: Path) -> None:
+    file = path / "manifest.json"
+    value = json.loads(file.read_bytes())
+    value["loop_state"]["step"] = 9
+    file.write_text(json.dumps(value))
+
+
+def write_a_foreign_manifest(path: Path) -> None:
+    (path / "manifest.json").write_text('["another program"]')
+
+
+def rename(path: Path) -> None:
+    path.rename(path.with_name("step-9.1"))
+
+
+DAMAGE: list[tuple[Callable[[Path], None], str]] = [
+    (truncate, "step-3.1: rank-00000.safetensors has 7.. bytes, not 7.."),
+    (lengthen, "step-3.1: rank-00000.safetensors has 7.. bytes, not 7.."),
+    (flip_a_bit, "step-3.1: rank-00000.safetensors does not have the digest"),
+    (lose_a_file, "step-3.1: rank-00000.safetensors cannot be read: No such file"),
+    (cut_the_manifest, "step-3.1: manifest.json is not JSON"),
+    (empty_the_manifest, "step-3.1: manifest.json is not JSON"),
+    (edit_the_manifest, "step-3.1: manifest.json does not have the digest that it states"),
+    (write_a_foreign_manifest, "step-3.1: manifest.json is not that of a checkpoint"),
+    (rename, "step-9.1: manifest.json is of step 3, generation 1"),
+]
+
+
+@pytest.mark.parametrize(("damage", "said"), DAMAGE)
+def test_a_broken_checkpoint_is_named_and_the_older_one_used(
+    lab: Any, damage: Callable[[Path], None], said: str
+) -> None:
+    lab.train(3)
+    damage(lab.directory / "step-3.1")
+    checkpoints = lab.make()
+    resume = checkpoints.open()
+    assert resume.step == 2
+    assert len(checkpoints.warnings) == 1
+    assert re.search(said, checkpoints.warnings[0])
+    tensors = lab.empty()
+    checkpoints.load(resume, tensors)
+    assert lab.bits(tensors) == lab.bits(lab.values(2))
+
+
+def test_the_broken_one_stays_until_a_newer_one_is_complete(lab: Any) -> None:
+    lab.train(3)
+    flip_a_bit(lab.directory / "step-3.1")
+    checkpoints = lab.make()
+    checkpoints.open()
+    assert "step-3.1" in lab.names()
+    checkpoints.save(3, lab.values(3), {"step": 3})
+    assert lab.names() == ["step-1.1", "step-2.1", "step-3.2"]
+
+
+@pytest.mark.parametrize("left", [[], [RANK_FILE]])
+def test_a_directory_without_a_manifest_is_removed_and_named(lab: Any, left: list[str]) -> None:
+    lab.train(2)
+    half = lab.directory / "step-3.1"
+    half.mkdir()
+    for name in left:
+        shutil.copy(lab.directory / "step-2.1" / name, half)
+    checkpoints = lab.make()
+    assert checkpoints.open().step == 2
+    assert checkpoints.warnings == [
+        f"removed {half}: it has no manifest.json, so it was never complete"
+    ]
+    assert lab.names() == ["step-1.1", "step-2.1"]
+
+
+def test_several_broken_ones_are_passed_over_and_none_left_begins_anew_aloud(lab: Any) -> None:
+    lab.train(3)
+    for step in (3, 2):
+        flip_a_bit(lab.directory / f"step-{step}.1")
+    checkpoints = lab.make()
+    assert checkpoints.open().step == 1
+    assert [warning.split(":")[0] for warning in checkpoints.warnings] == [
+        f"skipped {lab.directory / name}" for name in ("step-3.1", "step-2.1")
+    ]
+    truncate(lab.directory / "step-1.1")
+    checkpoints = lab.make()
+    assert checkpoints.open() is None
+    assert checkpoints.warnings[-1] == "no checkpoint can be used: training begins at step 0"
+
+
+def test_a_broken_newest_does_not_count_among_those_kept(lab: Any) -> None:
+    lab.train(2)
+    twin = lab.make()
+    twin.open()
+    twin._latest = None  # as if this generation had trained step 2 itself
+    twin.save(2, lab.values(2), {"step": 2})
+    flip_a_bit(lab.directory / "step-2.2")
+    checkpoints = lab.make(keep_last=2)
+    assert checkpoints.open().path.name == "step-2.1"
+    checkpoints.save(3, lab.values(3), {"step": 3})
+    assert lab.names() == ["step-2.1", "step-3.3"]
+
+
+def test_a_manifest_of_a_newer_format_stops_the_run(lab: Any) -> None:
+    from cptjob_trainer.checkpoints import seal
+
+    lab.train(1)
+    file = lab.directory / "step-1.1" / "manifest.json"
+    file.write_bytes(seal({**json.loads(file.read_bytes()), "version": 2}))
+    with pytest.raises(ConfigError, match="format version 2, this program reads 1"):
+        lab.make().open()
+
+
+def test_an_unreadable_claim_stops_the_run(lab: Any) -> None:
+    lab.train(1)
+    (lab.directory / "generation-1.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"generation-1\.json"):
+        lab.make().open()
