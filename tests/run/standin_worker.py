@@ -110,7 +110,7 @@ def act_meet(run: _Run, _number: int) -> None:
     run.note("sum", str(int(total)))
 
 
-def prepare_text(config: TrainerConfig, report: object) -> object:
+def prepare_text(config: TrainerConfig, report: object, *, stop: object) -> object:
     """Stands in for preparing; see `cptjob_trainer.prepare.prepare`."""
     report("counting", 1, 2)  # type: ignore[operator]
     if config.name.startswith("bad"):
@@ -118,6 +118,8 @@ def prepare_text(config: TrainerConfig, report: object) -> object:
 
     class Prepared:
         directory = Path(config.paths.prepared) / "abc"
-        digest = "abc"
+        model_fingerprint = "model"
+        data_fingerprint = "data"
+        warnings = ("little data",)
 
     return Prepared()

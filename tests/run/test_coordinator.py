@@ -7,6 +7,8 @@ import urllib.request
 from collections.abc import Callable
 from typing import Any
 
+from cptjob_trainer.config import digest
+
 MakeJob = Callable[..., Any]
 
 
@@ -97,7 +99,9 @@ def test_a_complete_output_ends_it_without_a_store(job: MakeJob) -> None:
     (made.output / "model" / "config.json").write_text("{}")
     files = {"model/config.json": {"bytes": 2, "sha256": "0"}}
     manifest = made.output / "manifest.json"
-    manifest.write_text(json.dumps({"digest": "abc", "files": files}))
+    manifest.write_text(
+        json.dumps({"digest": digest(made.config, "model", "data"), "files": files})
+    )
     assert made.end(_coordinate(made))[0] == 0
     assert made.termination().reason == "AlreadyComplete"
     assert not (made.directory / "store.address").exists()

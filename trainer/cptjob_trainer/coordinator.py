@@ -16,7 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from cptjob_trainer import lifeline, termination
-from cptjob_trainer.config import TrainerConfig
+from cptjob_trainer.config import TrainerConfig, digest
 from cptjob_trainer.errors import Stopped
 from cptjob_trainer.progress import STORE_KEY, Progress, ProgressServer
 from cptjob_trainer.termination import Termination
@@ -30,6 +30,8 @@ _POLL_SECONDS = 0.25
 #: Name of the file in --address-directory with the address of the HTTP server, and of the store.
 HTTP_FILE = "http.address"
 STORE_FILE = "store.address"
+#: What prepare warns of, a line each.
+WARNINGS_FILE = "warnings.txt"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -45,7 +47,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--host", default="0.0.0.0", help="address to listen on")
     parser.add_argument("--store-port", type=int, default=29400, help="0: any free port")
     parser.add_argument("--http-port", type=int, default=9400, help="0: any free port")
-    parser.add_argument("--address-directory", help="where to write the addresses that were taken")
+    parser.add_argument(
+        "--address-directory", help="where to write the addresses that were taken, and warnings"
+    )
     parser.add_argument(
         "--prepare", default="cptjob_trainer.prepare:prepare", help=argparse.SUPPRESS
     )
@@ -57,25 +61,27 @@ class _Lifetime:
 
     def __init__(self, grace_seconds: float) -> None:
         self._grace_seconds = grace_seconds
-        self._serving = False
+        self._preparing = True
+        self.stopping = False
         self.deadline = float("inf")
 
     def follow(self) -> None:
         signal.signal(signal.SIGTERM, self._stop)
         signal.signal(signal.SIGINT, self._stop)
         signal.signal(signal.SIGHUP, self._orphaned)
-        if not lifeline.follow_parent(signal.SIGHUP):
-            self._stop(signal.SIGHUP, None)
+        self.stopping = not lifeline.follow_parent(signal.SIGHUP)
 
     def serving(self) -> None:
         """From now on workers may depend on the store."""
-        self._serving = True
+        self._preparing = False
 
     def _stop(self, _number: int, _frame: FrameType | None) -> None:
-        raise Stopped("the coordinator was asked to stop")
+        self.stopping = True
+        if not self._preparing:
+            raise Stopped("the coordinator was asked to stop")
 
     def _orphaned(self, number: int, frame: FrameType | None) -> None:
-        if not self._serving:
+        if self._preparing:
             self._stop(number, frame)
         self.deadline = time.monotonic() + self._grace_seconds
 
@@ -86,8 +92,12 @@ def _coordinate(options: argparse.Namespace) -> None:
     lifetime.follow()
     server = ProgressServer(options.host, options.http_port)
     _write_address(options, HTTP_FILE, server.port)
-    prepared = _prepare(options.prepare, config, server)
-    if _is_complete(config.paths.output, prepared.digest):
+    prepared = _prepare(options.prepare, config, server, lifetime)
+    for warning in prepared.warnings:
+        print(f"warning: {warning}", flush=True)
+    _write_file(options, WARNINGS_FILE, "\n".join(prepared.warnings))
+    result = digest(config, prepared.model_fingerprint, prepared.data_fingerprint)
+    if _is_complete(config.paths.output, result):
         message = f"{config.paths.output} is complete; nothing is left to do"
         print(message, flush=True)
         termination.write(Termination(0, "AlreadyComplete", message, time=time.time()))
@@ -105,7 +115,9 @@ def _coordinate(options: argparse.Namespace) -> None:
     server.close()
 
 
-def _prepare(function: str, config: TrainerConfig, server: ProgressServer) -> "Prepared":
+def _prepare(
+    function: str, config: TrainerConfig, server: ProgressServer, lifetime: _Lifetime
+) -> "Prepared":
     """Prepares the data in this process."""
     import importlib
 
@@ -115,28 +127,36 @@ def _prepare(function: str, config: TrainerConfig, server: ProgressServer) -> "P
         percentage = 100.0 * done / total if total else 0.0
         server.update(Progress(phase="Preparing", message=what, progress_percentage=percentage))
 
-    prepared: Prepared = getattr(importlib.import_module(module), name)(config, report)
+    prepare = getattr(importlib.import_module(module), name)
+    prepared: Prepared = prepare(config, report, stop=lambda: lifetime.stopping)
+    if lifetime.stopping:
+        raise Stopped("the coordinator was asked to stop")
     return prepared
 
 
-def _is_complete(output: Path, digest: str) -> bool:
-    """True when ``output`` holds the whole result of the job that ``digest`` stands for."""
+def _is_complete(output: Path, result: str) -> bool:
+    """True when ``output`` holds the whole result of the job that ``result`` stands for."""
     try:
         manifest = json.loads((output / "manifest.json").read_bytes())
         files = manifest["files"].items()
         whole = all((output / name).stat().st_size == said["bytes"] for name, said in files)
-        return bool(manifest["digest"] == digest) and whole
+        return bool(manifest["digest"] == result) and whole
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
 def _write_address(options: argparse.Namespace, name: str, port: int) -> None:
+    host = "127.0.0.1" if options.host == "0.0.0.0" else options.host
+    _write_file(options, name, f"{host}:{port}\n")
+
+
+def _write_file(options: argparse.Namespace, name: str, text: str) -> None:
+    """Leaves a file for the client, whole or not at all."""
     if options.address_directory is None:
         return
-    host = "127.0.0.1" if options.host == "0.0.0.0" else options.host
     target = Path(options.address_directory) / name
     temporary = target.with_name(f".{name}.{os.getpid()}")
-    temporary.write_text(f"{host}:{port}\n")
+    temporary.write_text(text)
     temporary.replace(target)
 
 

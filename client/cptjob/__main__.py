@@ -1,0 +1,5 @@
+"""`python -m cptjob` is the same as `cptjob`."""
+
+from cptjob.cli import main
+
+main()

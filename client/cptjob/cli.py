@@ -1,0 +1,296 @@
+"""The command line: `cptjob run`, `validate`, `prepare`, `estimate`, `report`, `export`.
+
+An error is one clear line on stderr; exit codes are those of cptjob_trainer.errors. What is slow to
+import is imported by the command that needs it.
+"""
+
+import contextlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cptjob_trainer.errors import CPTJobError, MissingInputError, UsageError
+
+if TYPE_CHECKING:
+    from cptjob.jobs import LocalJob
+
+Command = Callable[..., Any]
+
+_INTERRUPTED = 130
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of `cptjob`; ends the process."""
+    try:
+        code = cli.main(args=arguments, prog_name="cptjob", standalone_mode=False)
+    except CPTJobError as error:
+        _debug()
+        _print_error(str(error))
+        code = error.exit_code
+    except click.ClickException as error:
+        _print_error(_usage(error))
+        code = UsageError.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        code = _INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        code = 0
+    except Exception as error:
+        _debug()
+        _print_error(
+            f"{type(error).__name__}: {error} (unforeseen; CPTJOB_DEBUG=1 shows the traceback)"
+        )
+        code = CPTJobError.exit_code
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _debug() -> None:
+    if os.environ.get("CPTJOB_DEBUG") == "1":
+        traceback.print_exc()
+
+
+def _print_error(message: str) -> None:
+    for line in message.splitlines() or [""]:
+        click.echo(f"error: {line}", err=True)
+
+
+def _usage(error: click.ClickException) -> str:
+    message = error.format_message().replace("\n", " ")
+    context = getattr(error, "ctx", None)
+    return f"{message}; see {context.command_path} --help" if context else message
+
+
+def job_options(command: Command) -> Command:
+    """FILE and the options that say where things lie here."""
+    for option in (
+        click.option(
+            "--processes",
+            type=click.IntRange(1, 1024),
+            metavar="N",
+            help="Processes that train; by default as many as the manifest has in all.",
+        ),
+        click.option(
+            "--volume",
+            "volumes",
+            multiple=True,
+            metavar="CLAIM=DIR",
+            help="Directory that stands for a claim; by default ./volumes/CLAIM. Repeatable.",
+        ),
+        click.option(
+            "--output",
+            type=click.Path(path_type=Path),
+            metavar="DIR",
+            help="Replaces the whole <output.storageUri>/<job name>/.",
+        ),
+        click.argument("file", type=click.Path(path_type=Path)),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="cptjob")
+def cli() -> None:
+    """Continued pre-training as one manifest."""
+
+
+@cli.command()
+@job_options
+def run(file: Path, output: Path | None, volumes: tuple[str, ...], processes: int | None) -> int:
+    """Train the job in FILE on this machine.
+
+    Ctrl-C saves a checkpoint and stops; the same command goes on from there.
+    """
+    from rich.console import Console
+
+    from cptjob import local
+    from cptjob.live import LiveDisplay
+
+    job = _load(file, output, volumes, processes)
+    ending = local.run(job.config, LiveDisplay(Console(stderr=True)), job.environment)
+    out = job.config.paths.output
+    if ending.exit_code == 0:
+        if ending.complete:
+            click.echo(f"{out} is complete already; nothing is left to do.")
+        click.echo(summary(out))
+    elif ending.exit_code in (local.STOPPED, local.KILLED):
+        click.echo(f"Stopped: {ending.message}", err=True)
+        click.echo(f"To continue: {_again()}", err=True)
+    else:
+        _print_error(ending.message)
+        click.echo(f"Logs: {ending.logs}", err=True)
+    return ending.exit_code
+
+
+def _load(
+    file: Path, output: Path | None, volumes: tuple[str, ...], processes: int | None
+) -> "LocalJob":
+    from cptjob import jobs
+    from cptjob.volumes import Volumes
+
+    job = jobs.load(file, output, Volumes.parse(volumes), processes)
+    for note in job.notes:
+        click.echo(f"note: {note}", err=True)
+    return job
+
+
+def _again() -> str:
+    return shlex.join([sys.argv[0] if sys.argv[0].endswith("cptjob") else "cptjob", *sys.argv[1:]])
+
+
+def summary(out: Path) -> str:
+    """Where everything is, what the training did to held-out losses, and how to use the model."""
+    metrics: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        metrics = json.loads((out / "manifest.json").read_bytes()).get("metrics", {})
+    shown = _shown(out)
+    lines = [_losses(metrics, role) for role in ("domain", "general")]
+    lines += ["", f"Model:        {shown / 'model'}"]
+    if (out / "adapter").is_dir():
+        lines.append(f"Adapter:      {shown / 'adapter'}")
+    lines += [
+        f"Report:       {shown / 'report.html'}",
+        f"Checkpoints:  {shown / 'checkpoints'}",
+        "",
+        "Use it:",
+        f"  {shlex.quote(_python())} -c {shlex.quote(_usage_example(shown / 'model'))}",
+    ]
+    return "\n".join(lines)
+
+
+def _losses(metrics: dict[str, Any], role: str) -> str:
+    after = metrics.get(f"heldout_{role}_loss")
+    before = metrics.get(f"heldout_{role}_loss_base")
+    name = f"Held-out loss, {role} text:"
+    if not isinstance(after, int | float) or not isinstance(before, int | float):
+        return f"{name:<29}not measured"
+    return f"{name:<29}{before:.4f} before, {after:.4f} after ({after - before:+.4f})"
+
+
+def _shown(path: Path) -> Path:
+    """Relative to the current directory where that is shorter to read."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _python() -> str:
+    return str(_shown(Path(sys.executable)))
+
+
+def _usage_example(model: Path) -> str:
+    return (
+        "from transformers import pipeline; "
+        f'print(pipeline("text-generation", "{model}")'
+        '("The", max_new_tokens=40)[0]["generated_text"])'
+    )
+
+
+@cli.command()
+@job_options
+@click.option("--data", is_flag=True, help="Look at the model directory and all data, too.")
+def validate(
+    file: Path, output: Path | None, volumes: tuple[str, ...], processes: int | None, data: bool
+) -> int:
+    """Check the manifest in FILE; with --data also the model and every line of the data."""
+    from cptjob import jobs
+
+    if not data:
+        manifest, job = jobs.read(file)
+        for note in manifest.notes:
+            click.echo(f"note: {note}", err=True)
+        click.echo(f"{file}: {job.metadata.name} is a valid CPTJob")
+        return 0
+    loaded = _load(file, output or Path("unused"), volumes, processes)
+    return _run_module("prepare", loaded, "--check-only")
+
+
+@cli.command()
+@job_options
+def prepare(
+    file: Path, output: Path | None, volumes: tuple[str, ...], processes: int | None
+) -> int:
+    """Check, tokenise and count the data of the job in FILE, without training."""
+    return _run_module("prepare", _load(file, output, volumes, processes))
+
+
+@cli.command()
+@job_options
+@click.option(
+    "--tokens-per-second", type=click.FloatRange(min=0, min_open=True), help="Speed in all."
+)
+@click.option("--device", metavar="NAME", help="Estimate the speed of such GPUs, such as H100.")
+@click.option(
+    "--mfu",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.35,
+    show_default=True,
+    help="Part of the device's peak that training reaches.",
+)
+def estimate(
+    file: Path,
+    output: Path | None,
+    volumes: tuple[str, ...],
+    processes: int | None,
+    tokens_per_second: float | None,
+    device: str | None,
+    mfu: float,
+) -> None:
+    """Say how many steps and tokens the job in FILE has, and the memory and time it needs."""
+    from cptjob import estimate as estimates
+
+    config = _load(file, output or Path("unused"), volumes, processes).config
+    answer = estimates.estimate(config, tokens_per_second=tokens_per_second, device=device, mfu=mfu)
+    click.echo(estimates.render(config, answer, device))
+
+
+@cli.command()
+@click.argument("out", type=click.Path(path_type=Path))
+def report(out: Path) -> int:
+    """Write OUT/report.html again, also while the run goes on."""
+    if not out.is_dir():
+        raise MissingInputError(f"{out}: there is no such output directory")
+    return _call("report", str(out))
+
+
+@cli.command()
+@job_options
+@click.option("--step", type=click.IntRange(min=0), required=True, help="Step of the checkpoint.")
+@click.option(
+    "--to",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Directory to make; by default OUT/model-step-N.",
+)
+def export(
+    file: Path,
+    output: Path | None,
+    volumes: tuple[str, ...],
+    processes: int | None,
+    step: int,
+    to: Path | None,
+) -> int:
+    """Write a checkpoint of the job in FILE as a model directory."""
+    job = _load(file, output, volumes, processes)
+    target = to or job.config.paths.output / f"model-step-{step}"
+    return _run_module("export", job, "--step", str(step), "--to", str(target.absolute()))
+
+
+def _run_module(module: str, job: "LocalJob", *arguments: str) -> int:
+    """Runs a module of the trainer on the job's configuration; its exit code."""
+    with tempfile.TemporaryDirectory(prefix="cptjob-") as directory:
+        config = Path(directory) / "config.json"
+        job.config.dump(config)
+        return _call(module, "--config", str(config), *arguments)
+
+
+def _call(module: str, *arguments: str) -> int:
+    command = [sys.executable, "-m", f"cptjob_trainer.{module}", *arguments]
+    return subprocess.run(command, check=False).returncode

@@ -1,0 +1,99 @@
+"""From a manifest on disk to what a trainer is told on this machine."""
+
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from cptjob.volumes import Volumes
+from cptjob_api.facts import ModelFacts
+from cptjob_api.job import CPTJob
+from cptjob_api.manifest import Manifest, load_manifest
+from cptjob_api.resolve import Resolved, resolve, trainer_config
+from cptjob_api.unsupported import unsupported
+from cptjob_trainer.config import Processes, TrainerConfig
+from cptjob_trainer.errors import ConfigError, DataError, MissingInputError
+
+
+@dataclass(frozen=True)
+class LocalJob:
+    """A job as it would run here. ``notes`` are for the person: what was passed over."""
+
+    job: CPTJob
+    resolved: Resolved
+    config: TrainerConfig
+    notes: tuple[str, ...]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the manifest adds to the environment of the processes."""
+        return {variable.name: variable.value for variable in self.job.spec.trainer.env}
+
+
+def read(path: Path) -> tuple[Manifest, CPTJob]:
+    """The only job of a manifest. Raises ConfigError for what cannot be done yet."""
+    manifest = load_manifest(path)
+    job = manifest.job
+    lines = [_with_line(manifest, job, text) for text in unsupported(job)]
+    if lines:
+        raise ConfigError("\n".join(lines))
+    return manifest, job
+
+
+def _with_line(manifest: Manifest, job: CPTJob, text: str) -> str:
+    line = manifest.line(job, text.partition(":")[0])
+    return f"{manifest.path}:{line}: {text}"
+
+
+def load(path: Path, output: Path | None, volumes: Volumes, processes: int | None) -> LocalJob:
+    """Reads, resolves and places a job. Its inputs must be there."""
+    manifest, job = read(path)
+    spec = job.spec
+    model = volumes.locate_input("spec.model.storageUri", spec.model.storage_uri)
+    for index, dataset in enumerate(spec.datasets):
+        volumes.locate_input(f"spec.datasets[{index}].storageUri", dataset.storage_uri)
+    for index, held_out in enumerate(spec.validation.datasets):
+        field = f"spec.validation.datasets[{index}].storageUri"
+        volumes.locate_input(field, held_out.storage_uri)
+    resolved = resolve(job, _facts(model))
+    # Whatever runs here, the rows of a step are those that the manifest stands for.
+    count = processes or spec.trainer.num_nodes * resolved.num_proc_per_node
+    config = trainer_config(
+        job,
+        resolved,
+        uid=job.metadata.uid or local_uid(job.metadata.name),
+        output=output_directory(resolved, output, volumes),
+        locate=volumes.locate,
+        processes=Processes(num_nodes=1, num_proc_per_node=count),
+    )
+    return LocalJob(job, resolved, config, _notes(manifest, job))
+
+
+def _facts(model: Path) -> ModelFacts:
+    """What is not readable here, prepare refuses with all that it knows about broken models."""
+    try:
+        return ModelFacts.from_directory(model)
+    except (MissingInputError, DataError):
+        return ModelFacts()
+
+
+def output_directory(resolved: Resolved, given: Path | None, volumes: Volumes) -> Path:
+    """--output, else the job's folder in the storage that the manifest names."""
+    if given is not None:
+        return given.expanduser().absolute()
+    if resolved.output_uri is None:
+        raise ConfigError("spec.output.storageUri: not given; give it, or --output DIR")
+    return volumes.locate(resolved.output_uri).absolute()
+
+
+def local_uid(name: str) -> str:
+    """The same for each run of a job, so that the next one continues."""
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, f"cptjob:local/{name}"))
+
+
+def _notes(manifest: Manifest, job: CPTJob) -> tuple[str, ...]:
+    notes = list(manifest.notes)
+    if job.spec.trainer.secret_refs:
+        notes.append("spec.trainer.secretRefs: secrets are not read in a local run")
+    if job.spec.suspend:
+        notes.append("spec.suspend: has no meaning in a local run; the job runs")
+    return tuple(notes)
