@@ -67,7 +67,7 @@ def _causal(length: int, window: int, device: torch.device) -> torch.Tensor:
     return mask.triu(1 - window) if window else mask
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _by_document(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -118,10 +118,11 @@ def _varlen(
     )
     out = varlen_attn(
         q, k, v, borders_flat, borders_flat, longest, longest,
-        scale=scale, window_size=[window - 1 if window else -1, 0],
+        scale=scale, window_size=(window - 1 if window else -1, 0),
     )  # fmt: skip
-    result: torch.Tensor = out.unflatten(0, (batch, length))
-    return result
+    assert isinstance(out, torch.Tensor)
+    rows: torch.Tensor = out.unflatten(0, (batch, length))
+    return rows
 
 
 def packed_attention(

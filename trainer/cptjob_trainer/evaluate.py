@@ -5,10 +5,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 
 from cptjob_trainer.data import arrange, empty_row, padded_length, to_device
 from cptjob_trainer.model import LossModel, autocast
@@ -74,6 +75,10 @@ class Evaluator:
             for at in range(len(self.sources)):
                 sums[at] = self._source(model, at)
         model.train()
+        if self.sharded:
+            # After a forward pass without a backward pass FSDP leaves the root's parameters whole,
+            # and whoever asks for the parameters next would get those instead of the shards.
+            cast(FSDPModule, model).reshard()
         if self.world > 1:
             # Loss sums cross ranks in fp64 on the CPU side where the backend allows it.
             moved = sums.to(self.device) if self.device.type == "cuda" else sums

@@ -267,8 +267,11 @@ def checkpoint_tensors(
     """Name -> tensor (or DTensor) of all that must be saved besides the loop's state."""
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in trainable(model):
+        state = optimizer.state[parameter]
+        if not state:
+            raise RuntimeError(f"{name} is not the parameter that the optimizer knows")
         tensors[f"model.{name}"] = parameter.detach()
-        for key, value in optimizer.state[parameter].items():
+        for key, value in state.items():
             tensors[f"optimizer.{name}.{key}"] = value
     return tensors
 

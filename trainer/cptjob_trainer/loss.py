@@ -49,7 +49,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if needs_weight
             else None
         )
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
+        grad_bias = None
+        if bias is not None and needs_bias:
+            grad_bias = torch.zeros_like(bias, dtype=torch.float32)
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
             chunk, target = hidden[part], targets[part]
@@ -94,7 +96,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def linear_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from cptjob_trainer import attention, dropout
-from cptjob_trainer.config import TrainerConfig, Training
+from cptjob_trainer.config import ResolvedTraining, TrainerConfig, Training
 from cptjob_trainer.errors import ConfigError
 from cptjob_trainer.loss import IGNORE, cross_entropy, linear_cross_entropy
 
@@ -67,7 +67,8 @@ class LossModel(nn.Module):
         if self.fused:
             hidden = self.body(**arguments).last_hidden_state.flatten(0, 1)
             head: Any = self.lm.get_output_embeddings()  # type: ignore[operator]
-            return linear_cross_entropy(hidden, head.weight, head.bias, targets)
+            loss: torch.Tensor = linear_cross_entropy(hidden, head.weight, head.bias, targets)
+            return loss
         return cross_entropy(self.lm(**arguments).logits.flatten(0, 1), targets)
 
 
@@ -139,14 +140,16 @@ def _choose_attention(lm: Any, packed: bool, dropping: bool) -> None:
         lm.set_attn_implementation("eager")
 
 
-def _add_adapters(lm: Any, training: Training) -> None:
+def _add_adapters(lm: Any, training: ResolvedTraining) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     lora = training.lora
-    targets = list(lora.target_modules) if lora.target_modules else "all-linear"
+    assert lora is not None, "a resolved LoRA job has its settings"
+    targets: Any = list(lora.target_modules)
     peft_config = LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        # PEFT wants a whole number by its type only.
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
         target_modules=targets if targets != ["all-linear"] else "all-linear",
         task_type="CAUSAL_LM",
@@ -229,7 +232,7 @@ def shard(model: LossModel, device: torch.device, dtype: torch.dtype, world: int
     if dtype == torch.float32:
         policy = MixedPrecisionPolicy()
     for layer in decoder_layers(model.lm):
-        fully_shard(layer, mesh=mesh, mp_policy=policy)  # type: ignore[arg-type]
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -14,7 +14,8 @@ def build_optimizer(model: nn.Module, training: Training) -> torch.optim.AdamW:
     what the model computes without regularising it.
     """
     settings = training.optimizer
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for _, parameter in trainable(model):
         (decayed if parameter.ndim >= 2 else plain).append(parameter)
     groups = [

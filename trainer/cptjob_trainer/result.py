@@ -1,0 +1,121 @@
+"""What a run is and what it leaves: the lineage that must match to continue, and the result."""
+
+import logging
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cptjob_trainer import failpoints, output
+from cptjob_trainer.checkpoints import software
+from cptjob_trainer.config import TrainerConfig
+from cptjob_trainer.evaluate import HeldOut
+from cptjob_trainer.prepare import Prepared
+from cptjob_trainer.state import LoopState
+
+log = logging.getLogger(__name__)
+
+
+def lineage(config: TrainerConfig, prepared: Prepared) -> dict[str, Any]:
+    """What a checkpoint must agree with to be continued, under the names of the manifest."""
+    training = config.training
+    values = training.model_dump(mode="json", by_alias=True, exclude={"batch_size_per_device"})
+    return {
+        "model": prepared.model_fingerprint,
+        "data": prepared.data_fingerprint,
+        "totalSteps": prepared.total_steps,
+        **{f"training.{name}": value for name, value in values.items()},
+    }
+
+
+def publish(
+    config: TrainerConfig,
+    prepared: Prepared,
+    weights: dict[str, torch.Tensor],
+    state: LoopState,
+    base: HeldOut,
+    rank: int,
+    world: int,
+) -> None:
+    """Write model, adapter, report and manifest, the manifest last. Collective.
+
+    weights: the trained parameters by their transformers names, Tensor or DTensor.
+    """
+    out, model_dir = config.paths.output, Path(config.model.path)
+    lora = config.training.lora if config.training.method == "LoRA" else None
+    scale = None if lora is None else lora.alpha / lora.rank
+    output.publish_model(out, model_dir, weights, lora_scale=scale, rank=rank)
+    if lora is not None:
+        whole = {name: _whole(tensor) for name, tensor in weights.items()}
+        if rank == 0:
+            output.publish_adapter(
+                out,
+                whole,
+                rank=lora.rank,
+                alpha=lora.alpha,
+                dropout=lora.dropout,
+                base=config.model.uri,
+            )
+    if rank == 0:
+        value = manifest(config, prepared, state, base, world)
+        _report(out, value)
+        output.write_manifest(out, value)
+
+
+def _report(out: Path, value: dict[str, Any]) -> None:
+    """The page is a view of what is written anyway: a trained model is not thrown away for it."""
+    from cptjob_trainer import report
+
+    failpoints.hit("output.report")
+    try:
+        report.write_report(out, value)
+    except Exception:
+        log.exception("report.html could not be written; `cptjob report %s` tries again", out)
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    whole: torch.Tensor = full.detach().cpu()
+    return whole
+
+
+def manifest(
+    config: TrainerConfig, prepared: Prepared, state: LoopState, base: HeldOut, world: int
+) -> dict[str, Any]:
+    """What was made, from what, with what: everything but the files, which are digested last."""
+    bases = {f"heldout_{role.lower()}_loss_base": loss for role, loss in base.by_role.items()}
+    return {
+        "version": 1,
+        "jobName": config.name,
+        "task": config.task,
+        "digest": prepared.digest,
+        "parentModel": {"uri": config.model.uri, "fingerprint": prepared.model_fingerprint},
+        "data": {
+            "fingerprint": prepared.data_fingerprint,
+            "sources": [
+                {
+                    "name": source.name,
+                    "role": source.role,
+                    "documents": source.documents,
+                    "tokens": source.tokens,
+                    "rows": source.rows(),
+                }
+                for source in prepared.sources
+            ],
+        },
+        "settings": config.training.model_dump(mode="json", by_alias=True),
+        "packed": prepared.packed,
+        "totalRows": prepared.total_rows,
+        "totalSteps": prepared.total_steps,
+        "steps": state.step,
+        "tokens": state.tokens,
+        "tokensBySource": state.tokens_by_source,
+        "skippedSteps": state.skipped,
+        "trainingSeconds": round(state.training_seconds, 3),
+        "evaluationSeconds": round(state.evaluation_seconds, 3),
+        "metrics": {**bases, **state.heldout},
+        "completionTime": datetime.now(UTC).isoformat(timespec="seconds"),
+        "processes": world,
+        "software": software(),
+    }
