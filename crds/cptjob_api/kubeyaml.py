@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 import yaml
@@ -90,7 +91,9 @@ def _number(text: str) -> int | float | None:
 
 def _as_json(value: float) -> int | float:
     """Go writes 3.0 as 3 on its way to the API server, so whole floats become integers."""
-    return int(value) if value.is_integer() and abs(value) < 1e21 else value
+    if value.is_integer() and abs(value) < 1e21:
+        return int(Decimal(repr(value)))  # the digits that are written, not those behind them
+    return value
 
 
 class _Loader(yaml.SafeLoader):

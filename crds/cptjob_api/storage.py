@@ -67,5 +67,5 @@ class Storage:
 
 def is_storage_uri(uri: str) -> bool:
     """True for one of the four forms without a way out of its place."""
-    known = any(re.match(pattern, uri) for pattern in PATTERNS.values())
+    known = any(re.fullmatch(pattern, uri) for pattern in PATTERNS.values())
     return known and ".." not in uri.split("/")
