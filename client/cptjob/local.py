@@ -98,6 +98,10 @@ class _Scheduler(LocalScheduler):  # type: ignore[misc]
         super().__init__(session_name, CWDImageProvider)
         self.started: dict[str, subprocess.Popen[bytes]] = {}
 
+    def _get_app_log_dir(self, _app_id: str, cfg: Any) -> str:
+        # torchx would add its own random name for each run; the run has a directory already.
+        return str(Path(cfg["log_dir"]) / "processes")
+
     def _popen(self, role_name: str, replica_id: int, replica_params: Any) -> Any:
         replica = super()._popen(role_name, replica_id, replica_params)
         self.started[role_name] = replica.proc
@@ -330,12 +334,11 @@ def _started(
     logging.getLogger("torchx").setLevel(logging.ERROR)
     stop = _Stop()
     before = {number: signal.getsignal(number) for number in _SIGNALS}
-    scheduler = _Scheduler("")
+    scheduler = _Scheduler("cptjob")
     # torchx has just set handlers that raise anywhere; these only take note.
     for number in _SIGNALS:
         signal.signal(number, stop.handle)
-    # An empty session name puts its logs beside the other files of this run.
-    runner = Runner("", {"local_cwd": lambda session_name, **_: scheduler})
+    runner = Runner("cptjob", {"local_cwd": lambda session_name, **_: scheduler})
     started = _Run(config, directory, display, stop)
     try:
         runner.run(job, "local_cwd", cfg={"log_dir": str(directory)})
