@@ -19,7 +19,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup run test soak bench fmt check generate lock
+.PHONY: help setup run test soak gpu bench fmt check generate lock
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ test: setup $(VENV)/.dev ## run the tests (TESTS=tests/data narrows them)
 
 soak: setup $(VENV)/.dev ## run the long tests with full counts
 	$(bin)/python -m pytest -m soak $(TESTS)
+
+gpu: setup $(VENV)/.dev ## run the tests that need an NVIDIA GPU
+	$(bin)/python -m pytest -m gpu tests/trainer
 
 bench: setup $(VENV)/.bench ## measure against peers; figures go to bench/RESULTS.md
 	@for file in bench/*.py; do echo "== $$file"; $(bin)/python $$file || exit; done

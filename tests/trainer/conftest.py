@@ -33,6 +33,7 @@ from cptjob_trainer.state import LoopState
 __all__ = ["Dropout", "ResolvedLora", "ResolvedSchedule"]
 
 VOCABULARY = 128
+CPU = torch.device("cpu")
 
 COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -132,6 +133,8 @@ def trainer(tmp_path: Path) -> Callable[..., loop.Trainer]:
         packed: bool = True,
         compile: str = "Never",
         name: str = "run",
+        device: torch.device = CPU,
+        sharded: bool = False,
         lora: dict[str, Any] | None = None,
         **training: Any,
     ) -> loop.Trainer:
@@ -149,7 +152,7 @@ def trainer(tmp_path: Path) -> Callable[..., loop.Trainer]:
             **training,
         }
         config = trainer_config(model_path, tmp_path / name, compile, settings)
-        return assemble(config, rows, total_steps, packed)
+        return assemble(config, rows, total_steps, packed, device=device, sharded=sharded)
 
     return build
 
@@ -175,17 +178,20 @@ def assemble(
     packed: bool,
     rank: int = 0,
     world: int = 1,
+    device: torch.device = CPU,
+    sharded: bool = False,
 ) -> loop.Trainer:
     """What the worker does around preparing and the process group."""
     training = config.training
     lm = model.load(config, packed)
-    device = torch.device("cpu")
+    sharded = sharded or world > 1
+    lm.to(device)
     runtime = loop.Runtime(
         rank=rank,
         world=world,
         device=device,
         dtype=model.compute_dtype(training, device),
-        sharded=world > 1,
+        sharded=sharded,
         documents=lm.config._attn_implementation == attention.NAME,
         dropping=dropout.active(lm, lm.config),
     )
@@ -194,7 +200,7 @@ def assemble(
         model.set_activation_checkpointing(lm)
     if config.compile == "Always":
         model.compile_layers(wrapped)
-    if world > 1:
+    if sharded:
         model.shard(wrapped, device, runtime.dtype, world)
     optimizer = build_optimizer(wrapped, training)
     initialise_state(optimizer)
