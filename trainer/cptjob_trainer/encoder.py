@@ -59,7 +59,7 @@ _CONTRACTIONS = {*_SUFFIX.split("|"), f"(?i:{_SUFFIX})"}
 _SPACES = [r"\s+(?!\S)", r"\s+"]
 
 # Texts that go to the tokenizer in one call, in characters.
-_CALL = 1 << 20
+_CALL = 1 << 18
 
 # Distinct parts that are kept, and how long one may be: some 150 MB.
 _KEPT, _KEPT_LENGTH = 400_000, 64

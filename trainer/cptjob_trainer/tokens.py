@@ -9,6 +9,7 @@ The key is made of the chunk's bytes, the tokenizer and the options, so a shard 
 what was prepared once is found again, also after an interruption or when lines were appended.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -43,6 +44,9 @@ KEPT_FAULTS = 100
 
 # Below this many bytes, starting processes takes longer than the work.
 _ALONE = 2 << 20
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -134,9 +138,7 @@ def process(chunk: Chunk, options: Options) -> Shard:
 
 
 def _storage_error(error: OSError, directory: Path) -> CPTJobError:
-    import errno
-
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in _FULL:
         return StorageFullError(
             f"{directory}: no space left for the tokenised data; make room and run again, what is "
             "finished is kept"
