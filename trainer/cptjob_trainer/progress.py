@@ -5,6 +5,7 @@ Rank 0 publishes a `Progress` into the coordinator's store; the coordinator serv
 """
 
 import math
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -175,6 +176,14 @@ def _gauges(progress: Progress) -> Iterator[Metric]:
             yield GaugeMetricFamily(name, text, value=value)
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # the client did not wait
+            super().handle_error(request, client_address)
+
+
 class ProgressServer:
     """Serves /progress, /metrics, /healthz and /readyz on ``host:port`` (port 0: any free one)."""
 
@@ -185,8 +194,7 @@ class ProgressServer:
         registry = CollectorRegistry()
         registry.register(_MetricsCollector(self.current))
         self._registry = registry
-        self._server = ThreadingHTTPServer((host, port), self._handler())
-        self._server.daemon_threads = True
+        self._server = _Server((host, port), self._handler())
         self.port: int = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, name="http", daemon=True).start()
 

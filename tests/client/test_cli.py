@@ -1,0 +1,119 @@
+"""The command line: help, one-line errors, exit codes."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cptjob_trainer.errors import UsageError
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_help_names_every_command_and_imports_nothing_heavy(place: Path) -> None:
+    program = (
+        "import sys, cptjob.cli\n"
+        "try: cptjob.cli.main(['--help'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "print(sorted({'torch', 'transformers', 'numpy', 'torchx'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    for command in ("run", "validate", "prepare", "estimate", "report", "export"):
+        assert f"\n  {command} " in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_local_run_needs_no_torch_in_the_client() -> None:
+    program = "import sys, cptjob.local, cptjob.estimate; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train",), "No such command 'train'"),
+        (("run",), "Missing argument 'FILE'"),
+        (("run", "job.yaml", "--processes", "0"), "--processes"),
+        (("run", "job.yaml", "--volume", "models"), "--volume models: write --volume CLAIM=DIR"),
+        (("estimate", "job.yaml", "--device", "H9"), "--device H9: not known; give one of H200"),
+    ],
+)
+def test_a_wrong_command_is_one_line_and_64(
+    cptjob: Cli, arguments: tuple[str, ...], message: str
+) -> None:
+    done = cptjob(*arguments)
+    assert done.returncode == UsageError.exit_code
+    assert message in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right", "code", "message"),
+    [
+        ("epochs: 2", "epocks: 2", 78, "job.yaml:11: spec.training.epocks: unknown field; did you"),
+        ("epochs: 2", "epochs: two", 78, "job.yaml:11: spec.training.epochs: must be a whole numb"),
+        ("spec:", "spec: [", 78, "job.yaml:"),
+        ("models/small", "models/other", 66, "spec.model.storageUri: pvc://models/other is"),
+        ("data/law", "data/laws", 66, "spec.datasets[0].storageUri: pvc://data/laws is"),
+        ("pvc://models/small", "s3://bucket/small", 78, "job.yaml:6: spec.model.storageUri: s3://"),
+        ("maxLength: 100", "maxLength: 513", 78, "more than the model's 512 positions"),
+        ("  output:", "  #output:", 78, "spec.output.storageUri: not given"),
+    ],
+)
+def test_a_bad_manifest_says_what_and_where(
+    cptjob: Cli, place: Path, wrong: str, right: str, code: int, message: str
+) -> None:
+    manifest = place / "job.yaml"
+    manifest.write_text(manifest.read_text().replace(wrong, right))
+    done = cptjob("run", "job.yaml")
+    assert message in done.stderr
+    assert (done.returncode, done.stdout) == (code, "")
+    assert all(line.startswith("error: ") for line in done.stderr.splitlines())
+    assert not (place / "volumes" / "results").exists(), "nothing was started"
+
+
+def test_a_missing_manifest_is_66(cptjob: Cli) -> None:
+    done = cptjob("validate", "no.yaml")
+    assert done.returncode == 66
+    assert done.stderr == "error: no.yaml: cannot be read: No such file or directory\n"
+
+
+def test_a_missing_claim_names_the_path_and_the_option(cptjob: Cli, place: Path) -> None:
+    (place / "volumes" / "models").rename(place / "elsewhere")
+    done = cptjob("estimate", "job.yaml")
+    assert done.returncode == 66
+    assert str(place / "volumes" / "models" / "small") in done.stderr
+    assert "give --volume models=DIR" in done.stderr
+    found = cptjob("estimate", "job.yaml", "--volume", "models=elsewhere")
+    assert found.returncode == 0, found.stderr
+
+
+def test_a_good_manifest_is_valid_even_where_its_volumes_are_not(cptjob: Cli, place: Path) -> None:
+    (place / "volumes").rename(place / "away")
+    done = cptjob("validate", "job.yaml")
+    assert (done.returncode, done.stdout) == (0, "job.yaml: small is a valid CPTJob\n")
+
+
+def test_an_output_that_is_a_file_is_73(cptjob: Cli, place: Path) -> None:
+    (place / "file").write_text("")
+    done = cptjob("run", "job.yaml", "--output", "file")
+    assert done.returncode == 73
+    assert "cannot write the output folder" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_broken_model_is_refused_by_the_trainer_in_one_line(cptjob: Cli, place: Path) -> None:
+    weights = place / "volumes" / "models" / "small" / "model.safetensors"
+    weights.rename(weights.with_name("pytorch_model.bin"))
+    done = cptjob("run", "job.yaml", "--output", "out")
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode in (65, 66, 78)
+    assert len(errors) == 1
+    assert "pytorch_model.bin: weights" in errors[0]
+    assert "Traceback" not in done.stderr
+    assert not (place / "out" / "model").exists()

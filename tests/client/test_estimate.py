@@ -1,0 +1,124 @@
+"""Estimates against numbers worked out by hand.
+
+8000 bytes / 4 = 2000 tokens = 20 rows of 100. Two epochs: 40 rows; batches of 2: 20 steps;
+4000 tokens.
+"""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cptjob import jobs
+from cptjob.estimate import Estimate, estimate
+from cptjob.volumes import Volumes
+from cptjob_trainer.config import TrainerConfig
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def _config(place: Path, processes: int | None = None) -> TrainerConfig:
+    return jobs.load(place / "job.yaml", None, Volumes.parse([], place), processes).config
+
+
+def _change(place: Path, old: str, new: str) -> None:
+    manifest = place / "job.yaml"
+    manifest.write_text(manifest.read_text().replace(old, new))
+
+
+def test_steps_and_tokens_follow_from_the_size_of_the_files(place: Path) -> None:
+    answer = estimate(_config(place))
+    assert (answer.steps, answer.tokens, answer.rows.total) == (20, 4000, 40)
+    assert not answer.rows.tokens_are_counted
+
+
+def test_more_processes_do_not_change_the_steps(place: Path) -> None:
+    answer = estimate(_config(place, processes=2))
+    assert (answer.steps, answer.devices) == (20, 2)
+
+
+def test_general_text_adds_its_share(place: Path) -> None:
+    general = place / "volumes" / "data" / "plays"
+    general.mkdir()
+    (general / "a.jsonl").write_text('{"text": "y"}\n')
+    dataset = '    - {name: plays, storageUri: "pvc://data/plays", role: General, weight: 0.2}\n'
+    _change(place, "  validation:", dataset + "  validation:")
+    assert estimate(_config(place)).rows.total == 50, "40 / (1 - 0.2)"
+
+
+def test_held_out_documents_are_not_trained_on(place: Path) -> None:
+    _change(place, "splitPercent: 0", "splitPercent: 10")
+    assert estimate(_config(place)).rows.total == 36
+
+
+def test_max_steps_is_a_limit(place: Path) -> None:
+    _change(place, "epochs: 2", "epochs: 2\n    maxSteps: 5")
+    answer = estimate(_config(place))
+    assert (answer.steps, answer.tokens) == (5, 1000)
+
+
+def test_memory_by_hand(place: Path) -> None:
+    part = estimate(_config(place)).memory
+    # 1000 weights in 32 bits, as many gradients, two moments each.
+    assert (part.weights, part.gradients, part.optimizer) == (4000, 4000, 8000)
+    # 2 layers, 2 rows of 100 tokens, 8 wide, 17 numbers of 4 bytes; logits over 100 words, twice.
+    assert part.activations == 2 * 200 * 8 * 17 * 4
+    assert part.logits == 2 * 4 * 200 * 100
+    assert part.total == 4000 + 4000 + 8000 + 217_600 + 160_000
+
+
+def test_memory_is_split_over_devices_where_it_is_sharded(place: Path) -> None:
+    part = estimate(_config(place, processes=4)).memory
+    assert (part.weights, part.gradients, part.optimizer) == (1000, 1000, 2000)
+
+
+def test_time_from_a_given_speed(place: Path) -> None:
+    answer = estimate(_config(place, processes=2), tokens_per_second=10.0)
+    assert answer.hours == pytest.approx(400 / 3600)
+    assert answer.gpu_hours == pytest.approx(800 / 3600)
+
+
+def test_time_from_a_device(place: Path) -> None:
+    answer = estimate(_config(place), device="H100", mfu=0.5)
+    assert answer.speed is not None
+    # 6 x 1000 weights + 6 x 2 layers x 8 wide x 100 tokens.
+    assert answer.speed.tokens_per_second == pytest.approx(0.5 * 989e12 / (6000 + 9600))
+
+
+def test_time_from_an_earlier_run(place: Path) -> None:
+    config = _config(place)
+    config.paths.output.mkdir(parents=True)
+    lines = [{"step": n, "tokensPerSecond": speed} for n, speed in enumerate((1.0, 8.0, 9.0))]
+    text = "\n".join(json.dumps(line) for line in lines)
+    (config.paths.output / "metrics.jsonl").write_text(text + '\n{"step": 3, "tok')
+    answer = estimate(config)
+    assert answer.speed is not None
+    assert answer.speed.tokens_per_second == 8.0
+
+
+def test_without_a_speed_there_is_no_time(place: Path) -> None:
+    answer: Estimate = estimate(_config(place))
+    assert (answer.speed, answer.hours, answer.gpu_hours) == (None, None, None)
+
+
+def test_prepared_data_is_counted_not_guessed(place: Path) -> None:
+    config = _config(place)
+    prepared = config.paths.prepared / "abc"
+    prepared.mkdir(parents=True)
+    sources = [{"name": "law", "role": "Domain", "rows": 7}]
+    value = {"maxLength": 100, "sources": sources, "totalRows": 14}
+    (prepared / "prepared.json").write_text(json.dumps(value))
+    answer = estimate(config)
+    assert answer.rows.tokens_are_counted
+    assert (answer.rows.total, answer.steps) == (14, 7)
+
+
+def test_the_command_says_where_its_numbers_come_from(cptjob: Cli) -> None:
+    done = cptjob("estimate", "job.yaml", "--tokens-per-second", "10")
+    assert done.returncode == 0, done.stderr
+    assert "estimated from the size of the files at 4 bytes a token" in done.stdout
+    assert "0:06:40 (0.11 hours)" in done.stdout
+    unknown = cptjob("estimate", "job.yaml")
+    assert "give --tokens-per-second N or --device NAME" in unknown.stdout
