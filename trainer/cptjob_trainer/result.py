@@ -9,7 +9,7 @@ import torch
 
 from cptjob_trainer import failpoints, output
 from cptjob_trainer.checkpoints import software
-from cptjob_trainer.config import TrainerConfig
+from cptjob_trainer.config import TrainerConfig, digest
 from cptjob_trainer.evaluate import HeldOut
 from cptjob_trainer.prepare import Prepared
 from cptjob_trainer.state import LoopState
@@ -89,7 +89,7 @@ def manifest(
         "version": 1,
         "jobName": config.name,
         "task": config.task,
-        "digest": prepared.digest,
+        "digest": digest(config, prepared.model_fingerprint, prepared.data_fingerprint),
         "parentModel": {"uri": config.model.uri, "fingerprint": prepared.model_fingerprint},
         "data": {
             "fingerprint": prepared.data_fingerprint,
