@@ -743,7 +743,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             print(_summary(prepare(config, _print_progress)))
     except CPTJobError as error:
-        print(error, file=sys.stderr)
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
         return error.exit_code
     return 0
 
