@@ -150,7 +150,13 @@ def packed_attention(
         raise TypeError(f"{NAME} does not do {odd or 'masks'}")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     window = sliding_window or 0
-    if document_borders is not None and query.is_cuda and not dropout:
+    if torch.is_autocast_enabled(query.device.type):
+        # Rotary positions are fp32 and make queries and keys fp32 again.
+        half = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(half), key.to(half), value.to(half)
+    # The kernel knows half precision only.
+    kernel = query.is_cuda and query.dtype != torch.float32 and not dropout
+    if document_borders is not None and kernel:
         return _varlen(query, key, value, document_borders, longest_document, scale, window), None
     if document_pieces is None:
         raise TypeError(f"{NAME} was called without the documents' borders")
