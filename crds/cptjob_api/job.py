@@ -6,6 +6,7 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from cptjob_api.fields import show
+from cptjob_api.kubeyaml import dump
 from cptjob_api.rules import broken
 from cptjob_api.spec import CPTJobSpec
 from cptjob_api.status import CPTJobStatus
@@ -55,3 +56,7 @@ class CPTJob(Strict):
     def manifest(self) -> dict[str, object]:
         """The job as a document, with what was left out left out."""
         return self.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+
+    def yaml(self) -> str:
+        """The job as a manifest's text."""
+        return dump(self.manifest())

@@ -128,6 +128,28 @@ def documents(text: str, file: str) -> Iterator[Document]:
         raise ManifestError(faults=[Fault(file, 0, "nested too deeply")]) from error
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes what Kubernetes reads back as it was; equal parts are written out again."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _write_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    # PyYAML leaves `y` bare, which is a boolean to Kubernetes.
+    style = None if isinstance(scalar(text), str) else "'"
+    return dumper.represent_scalar(_STR, text, style=style)
+
+
+_Dumper.add_representer(str, _write_text)
+
+
+def dump(value: Any) -> str:
+    """A plain value as YAML that Kubernetes reads as the same value."""
+    written = yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=100, allow_unicode=True)
+    return str(written)
+
+
 class _Builder:
     """Turns nodes into values and gathers faults on the way."""
 
