@@ -116,15 +116,18 @@ def test_a_sharded_model_gives_the_same_bytes(lab: Any, tmp_path: Path) -> None:
     base = base_model(tmp_path / "base")
     output.publish_model(tmp_path / "one", base, trained(base).state_dict())
 
+    # Loaded before the fork: transformers loads with threads.
+    model = trained(base)
+
     def two_ranks(rank: int) -> bool:
-        model = trained(base)
         for layer in model.model.layers:
             fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
         fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
         state = model.state_dict()
         return output.publish_model(tmp_path / "two", base, state, rank=rank) is None
 
-    assert [outcome.value for outcome in lab.gloo(2, two_ranks)] == [False, True]
+    outcomes = lab.gloo(2, two_ranks)
+    assert [outcome.value for outcome in outcomes] == [False, True], outcomes
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
 
 

@@ -30,6 +30,7 @@ from cptjob_trainer.dcp_storage import (
     file_digest,
     is_full,
     opened,
+    read_header,
     write_safetensors,
 )
 from cptjob_trainer.errors import CheckpointError, OutputError, StorageFullError
@@ -437,12 +438,8 @@ def _weight_files(base: Path) -> list[Path]:
 
 
 def _header(path: Path) -> dict[str, Any]:
-    """Name -> {dtype, shape, data_offsets} of a safetensors file."""
     with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        table: dict[str, Any] = json.loads(file.read(length))
-    table.pop("__metadata__", None)
-    return table
+        return read_header(file)
 
 
 def _base_dtypes(base: Path) -> Callable[[str], torch.dtype]:
