@@ -51,8 +51,7 @@ def arrange(rows: Sequence[Row], numbers: Sequence[int], length: int, pad_id: in
     """Lay rows into arrays of [len(rows), length].
 
     positions restart at each piece; targets are the next token of the same piece, IGNORE elsewhere
-    and where the next token is masked. Each padding token is a piece of its own: it sees nothing
-    and nothing sees it.
+    and where the next token is masked. Padding is one more piece, which no other sees.
     """
     shape = (len(rows), length)
     ids = np.full(shape, pad_id, dtype=np.int64)
@@ -60,6 +59,7 @@ def arrange(rows: Sequence[Row], numbers: Sequence[int], length: int, pad_id: in
     targets = np.full(shape, IGNORE, dtype=np.int64)
     for at, row in enumerate(rows):
         n = len(row.tokens)
+        positions[at, n:] = np.arange(length - n)
         if n == 0:
             continue
         ids[at, :n] = row.tokens
