@@ -43,7 +43,7 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """Lines of a metrics file; a last line cut short by a crash is left out."""
     if not path.exists():
         return
-    with path.open() as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         for text in file:
             try:
                 line = json.loads(text)
