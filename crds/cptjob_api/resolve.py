@@ -7,6 +7,7 @@ wins. The answers go into `status.resolved` and into the trainer's configuration
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,7 @@ def min_learning_rate(ask: Question) -> float:
     """learningRate / 10; one that is given must be below the learning rate."""
     given, peak = ask.spec.training.schedule.min_learning_rate, float(ask.decided["learning_rate"])
     if given is None:
-        return peak / 10
+        return float(Decimal(repr(peak)) / 10)  # 2e-06 and not 2.0000000000000003e-06
     if given >= peak:
         raise ConfigError(
             f"spec.training.schedule.minLearningRate: {given} is not less than the learning rate, "
