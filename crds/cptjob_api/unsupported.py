@@ -11,6 +11,7 @@ from typing import Any
 from cptjob_api.fields import instances, parts, show
 from cptjob_api.job import CPTJob
 from cptjob_api.storage import Storage, is_storage_uri
+from cptjob_trainer.config import HangDetection
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ def _any(value: Any) -> bool:
 
 _COPY = "s3:// and hf:// cannot be read yet; copy it to a volume and write pvc://CLAIM/path"
 _WRITE = "s3:// cannot be written yet; write pvc://CLAIM/path"
+_HANGS = "hung processes are not watched for yet; leave it out"
 
 MISSING: tuple[Missing, ...] = (
     Missing("spec.task", _not("CausalLM"), "only CausalLM can be trained yet"),
@@ -59,6 +61,16 @@ MISSING: tuple[Missing, ...] = (
     Missing("spec.training.guards.spikeFactor", _any, "spikes are not watched yet; leave it out"),
     Missing(
         "spec.training.guards.rollbackAfter", _any, "there is no rolling back yet; leave it out"
+    ),
+    Missing(
+        "spec.hangDetection.startupTimeoutSeconds",
+        _not(HangDetection().startup_timeout_seconds),
+        _HANGS,
+    ),
+    Missing(
+        "spec.hangDetection.stepTimeoutSeconds",
+        _not(HangDetection().step_timeout_seconds),
+        _HANGS,
     ),
     Missing(
         "spec.checkpoint.storageUri",

@@ -32,6 +32,8 @@ ASKED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"spec.training.guards.spikeFactor": 10}, "spec.training.guards.spikeFactor: "),
     ({"spec.training.guards.rollbackAfter": 3}, "spec.training.guards.rollbackAfter: "),
+    ({"spec.hangDetection.startupTimeoutSeconds": 60}, "spec.hangDetection.startupTimeoutSeconds"),
+    ({"spec.hangDetection.stepTimeoutSeconds": 60}, "spec.hangDetection.stepTimeoutSeconds: "),
     ({"spec.checkpoint.storageUri": "pvc://x"}, "spec.checkpoint.storageUri: "),
     ({"spec.checkpoint.snapshotEverySteps": 10}, "spec.checkpoint.snapshotEverySteps: "),
     ({"spec.checkpoint.maxBandwidth": "1Gi"}, "spec.checkpoint.maxBandwidth: "),
@@ -43,7 +45,7 @@ ASKED: list[tuple[dict[str, Any], str]] = [
 FINE: list[dict[str, Any]] = [
     {},
     {"spec.training": {"method": "LoRA", "guards": {"skipNonFinite": True}, "sifting": {}}},
-    {"spec.hangDetection": {"stepTimeoutSeconds": 60}},
+    {"spec.hangDetection": {"stepTimeoutSeconds": 1800}},
     {"spec.elasticPolicy": {"minNodes": 2, "maxNodes": 2}, "spec.trainer.numNodes": 2},
     {"spec.elasticPolicy": {"maxRestarts": 1}},
     {"spec.validation.datasets": [{"name": "v", "storageUri": "file:///v"}]},
