@@ -1,7 +1,7 @@
 """What saving and loading a checkpoint costs, beside a plain write of the same bytes and
 torch.save.
 
-    python -m bench.checkpoint [--megabytes 256] [--repeats 5]
+    python bench/checkpoint.py [--megabytes 256] [--repeats 5]
 
 Every way ends with the bytes durable (fsync). Loading reads from the page cache, as a restart on
 the same machine does. `open` is ours alone: it digests every file before it is trusted. Medians are
@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import results
 import torch
 
 from cptjob_trainer.checkpoints import Checkpoints
@@ -103,9 +104,13 @@ def main() -> None:
     size = sum(t.numel() * t.element_size() for t in tensors(options.megabytes).values())
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         medians = measure(Path(folder), options.megabytes, options.repeats)
-    print(f"{size / 1e6:.0f} MB, median of {options.repeats}, one process")
-    for name, seconds in medians.items():
-        print(f"{name:30} {seconds:7.3f} s {size / seconds / 1e6:8.0f} MB/s")
+    rows = [
+        [name, f"{seconds:.3f}", f"{size / seconds / 1e6:.0f}"] for name, seconds in medians.items()
+    ]
+    table = results.table(["what", "seconds", "MB/s"], rows)
+    body = f"{size / 1e6:.0f} MB, median of {options.repeats}, one process.\n\n{table}"
+    print(body)
+    results.write("Checkpoints", body)
 
 
 if __name__ == "__main__":
