@@ -18,7 +18,7 @@ from cptjob_trainer.record import ROLES, Column, Record, SourceRecord, Steps
 
 #: Points of a line at most; longer ones keep the lowest and the highest of each stretch.
 MOST_POINTS = 1500
-#: A step is marked, smoothed and averaged over this share of a run.
+#: The smoothing's window, as a share of the run; shorter runs are drawn point by point.
 _SMOOTHED_SHARE = 1 / 50
 _SMOOTHED_FROM = 20
 _STRETCHES = 30
@@ -30,6 +30,8 @@ _LOGARITHMIC_FROM = 20.0
 # Inches, and points of text: a figure is 425 units wide, near its size on a phone.
 _SIZE = (5.9, 3.1)
 _TEXT = 11
+# Ticks at multiples that a person counts in.
+_TICKS = [1, 2, 2.5, 5, 10]
 
 # Stand-ins which are replaced by variables of the page's style sheet, so that one drawing serves
 # the light and the dark scheme.
@@ -322,17 +324,14 @@ def thin(x: Column, y: Column, most: int = MOST_POINTS) -> tuple[Column, Column]
 
 def smooth(values: Column) -> Column:
     """Mean over a window around each element, smaller at the ends; NaNs are left out of it."""
-    half = int(len(values) * _SMOOTHED_SHARE / 2) if len(values) >= _SMOOTHED_FROM else 0
-    half = max(half, 2) if len(values) >= _SMOOTHED_FROM else half
-    if half == 0:
+    if len(values) < _SMOOTHED_FROM:
         return values
+    half = max(2, int(len(values) * _SMOOTHED_SHARE / 2))
     known = ~np.isnan(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(known)])
     at = np.arange(len(values))
-    # The window is symmetric, so that a slope at an end is not bent.
-    reach = np.minimum(half, np.minimum(at, len(values) - 1 - at))
-    low, high = at - reach, at + reach + 1
+    low, high = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values))
     count = counts[high] - counts[low]
     mean = (sums[high] - sums[low]) / np.maximum(count, 1)
     return np.where(count > 0, mean, np.nan)
@@ -395,9 +394,9 @@ def _axes(steps: Steps, first: float | None = None) -> tuple[Figure, Axes]:
     start, end = steps.step[0] if first is None else first, steps.step[-1]
     edge = 0.01 * max(end - start, 1.0)
     axes.set_xlim(start - edge, end + edge)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, steps=_TICKS))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=_TICKS))
     axes.grid(visible=False, axis="x")
     return figure, axes
 
@@ -407,7 +406,9 @@ def _line(axes: Axes, x: Column, y: Column, colour: str, label: str) -> list[Key
     if len(x) < _SMOOTHED_FROM:
         axes.plot(x, y, color=_COLOURS[colour], marker="o", markersize=3.5)
         return []
-    axes.plot(*thin(x, y), color=_COLOURS[colour], linewidth=0.8, alpha=0.4)
+    # So many points that they fill an area would hide the mean in it.
+    alpha = 0.5 if len(x) <= MOST_POINTS / 2 else 0.3
+    axes.plot(*thin(x, y), color=_COLOURS[colour], linewidth=0.8, alpha=alpha)
     axes.plot(*thin(x, smooth(y)), color=_COLOURS[colour])
     return [Key(label, colour, "thin"), Key("smoothed", colour, "line")]
 

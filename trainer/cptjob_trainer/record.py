@@ -67,13 +67,16 @@ class SourceRecord:
 
 @dataclass(frozen=True)
 class Record:
-    """Everything that is known of a run. `base` is the base model's held-out loss by role."""
+    """Everything that is known of a run. `step` and `tokens` count what is done, `base` is the base
+    model's held-out loss by role."""
 
     state: State
     name: str
     model: str
     completed: str
+    step: int
     total_steps: int | None
+    tokens: int
     processes: int | None
     training_seconds: float
     evaluation_seconds: float | None
@@ -85,15 +88,6 @@ class Record:
     base_by_source: dict[str, float]
     steps: Steps
     evaluations: tuple[Evaluation, ...]
-
-    @property
-    def step(self) -> int:
-        """Steps done."""
-        return int(self.steps.step[-1]) if len(self.steps) else 0
-
-    @property
-    def tokens(self) -> int:
-        return int(np.nansum(self.steps.tokens))
 
     def losses(self, role: str) -> list[tuple[int, float]]:
         """(step, held-out loss) of a role, the base model's at step 0."""
@@ -120,11 +114,6 @@ def read_record(out: Path, manifest: Mapping[str, Any] | None = None) -> Record:
     prepared_directory = _prepared(out, manifest, config)
     prepared = _json(prepared_directory / "prepared.json")
     bases = _json(prepared_directory / "base-losses.json")
-    metrics = _numbers(manifest.get("metrics"))
-    if not evaluations and any(key.endswith("_loss") for key in metrics):
-        evaluations = (Evaluation(_count(manifest.get("steps")) or 0, metrics),)
-    said = {role: metrics.get(f"heldout_{role.lower()}_loss_base") for role in ROLES}
-    base = {role: loss for role, loss in said.items() if loss is not None}
     waited = np.nansum(steps.seconds) + np.nansum(steps.data_wait)
     seconds = _number(manifest.get("trainingSeconds"))
     return Record(
@@ -132,6 +121,8 @@ def read_record(out: Path, manifest: Mapping[str, Any] | None = None) -> Record:
         name=str(manifest.get("jobName") or config.get("name") or out.absolute().name),
         model=str(_mapping(manifest.get("parentModel") or config.get("model")).get("uri", "")),
         completed=str(manifest.get("completionTime", "")),
+        step=int(steps.step[-1]) if len(steps) else _count(manifest.get("steps")) or 0,
+        tokens=int(np.nansum(steps.tokens)) if len(steps) else _count(manifest.get("tokens")) or 0,
         total_steps=_count(manifest.get("totalSteps", prepared.get("totalSteps"))),
         processes=_count(manifest.get("processes")),
         training_seconds=float(waited) if math.isnan(seconds) else seconds,
@@ -139,11 +130,11 @@ def read_record(out: Path, manifest: Mapping[str, Any] | None = None) -> Record:
         settings=_settings(manifest, config, checkpoint),
         software=_mapping(manifest.get("software") or checkpoint.get("software")),
         notes=tuple(str(note) for note in _list(prepared.get("warnings"))),
-        sources=_sources(_list(_mapping(manifest.get("data")).get("sources")), prepared, steps),
-        base=base or _numbers(bases.get("byRole")),
+        sources=_sources(manifest, prepared, steps),
+        base=_base_losses(manifest) or _numbers(bases.get("byRole")),
         base_by_source=_numbers(bases.get("bySource")),
         steps=steps,
-        evaluations=evaluations,
+        evaluations=evaluations or _last_evaluation(manifest),
     )
 
 
@@ -216,6 +207,20 @@ def _prepared(out: Path, manifest: Mapping[str, Any], config: Mapping[str, Any])
     return out / "prepared"
 
 
+def _base_losses(manifest: Mapping[str, Any]) -> dict[str, float]:
+    metrics = _numbers(manifest.get("metrics"))
+    keys = {role: f"heldout_{role.lower()}_loss_base" for role in ROLES}
+    return {role: metrics[key] for role, key in keys.items() if key in metrics}
+
+
+def _last_evaluation(manifest: Mapping[str, Any]) -> tuple[Evaluation, ...]:
+    """What the manifest tells of it, for an output whose metrics.jsonl is gone."""
+    metrics = _numbers(manifest.get("metrics"))
+    if not any(f"heldout_{role.lower()}_loss" in metrics for role in ROLES):
+        return ()
+    return (Evaluation(_count(manifest.get("steps")) or 0, metrics),)
+
+
 def _settings(
     manifest: Mapping[str, Any], config: Mapping[str, Any], checkpoint: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -227,11 +232,15 @@ def _settings(
 
 
 def _sources(
-    entries: list[Any], prepared: Mapping[str, Any], steps: Steps
+    manifest: Mapping[str, Any], prepared: Mapping[str, Any], steps: Steps
 ) -> tuple[SourceRecord, ...]:
     """Sources of the manifest or of the prepared data, then those that only the metrics name."""
     asked = _asked_shares(prepared)
+    entries = _list(_mapping(manifest.get("data")).get("sources"))
     trained = {name: int(column.sum()) for name, column in steps.by_source.items()}
+    if not len(steps):
+        said = _numbers(manifest.get("tokensBySource"))
+        trained = {name: int(tokens) for name, tokens in said.items()}
     known = {
         str(entry.get("name")): entry
         for entry in (_mapping(entry) for entry in entries or _list(prepared.get("sources")))

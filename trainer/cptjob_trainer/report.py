@@ -27,6 +27,8 @@ _MOST_ROWS = 50
 #: A smaller difference of losses is said to be none.
 _NO_DIFFERENCE = 0.0005
 _UNKNOWN = "–"
+#: Between no-break spaces: a line must not begin with it.
+_ARROW = "\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}"
 
 
 @dataclass(frozen=True)
@@ -147,9 +149,9 @@ def _held_out_tile(record: Record, role: str) -> Tile:
         return Tile(label, f"{before:.3f}", f"base model, perplexity {_perplexity(before)}")
     return Tile(
         label,
-        f"{before:.3f} → {after:.3f}",
+        f"{before:.3f}{_ARROW}{after:.3f}",
         f"{_signed(after - before)} ({_verdict(after - before, role)}); "
-        f"perplexity {_perplexity(before)} → {_perplexity(after)}",
+        f"perplexity {_perplexity(before)}{_ARROW}{_perplexity(after)}",
     )
 
 
@@ -229,7 +231,7 @@ def _sources(record: Record) -> Table:
             _integer(source.documents),
             _integer(source.tokens),
             f"{source.trained_tokens:,}",
-            f"{source.trained_tokens / source.tokens:.2f}" if source.tokens else _UNKNOWN,
+            _times(source.trained_tokens / source.tokens) if source.tokens else _UNKNOWN,
             f"{100 * source.trained_tokens / trained:.2f} %" if trained else _UNKNOWN,
             _UNKNOWN if source.asked_share is None else f"{100 * source.asked_share:.2f} %",
         ]
@@ -237,6 +239,10 @@ def _sources(record: Record) -> Table:
     ]
     heads = ["Source", "Role", "Documents", "Tokens", "Trained on", "Times seen"]
     return Table([*heads, "Share", "Asked for"], cells, left=2)
+
+
+def _times(value: float) -> str:
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
 def _held_out(record: Record) -> Table:
