@@ -207,7 +207,9 @@ class _Run:
                 return self._without_coordinator(code)
             self._show()
             time.sleep(_POLL_SECONDS)
-        # It serves the last of the progress, then ends by itself.
+        if not (self.directory / _STORE_FILE).exists():
+            coordinator.terminate()  # it still prepares and knows nothing of the launcher's end
+        # Otherwise it serves the last of the progress, then ends by itself.
         self._await(coordinator, _COORDINATOR_SECONDS)
         self._show()
         return self._ending(TRAINER)
