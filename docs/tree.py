@@ -47,10 +47,12 @@ LINES = {
     "tests/client": "the command line, as a person uses it",
     "tests/data": "documents, tokens, rows, mixing",
     "tests/house": "locks, README, examples",
+    "tests/report": "the page: what it tells, what it keeps out, unfinished runs",
     "tests/run": "coordinator, launcher, stopping, restarts",
     "tests/trainer": "architectures, loss, schedule, the step",
     "trainer": "what runs in a job's pods",
     "trainer/cptjob_trainer": "the trainer",
+    "trainer/cptjob_trainer/report.html": "the page that report.py fills in",
 }
 # Folders whose contents are not worth a line each.
 CLOSED = {"requirements"}
