@@ -60,8 +60,9 @@ _LITTLE_DATA = 100_000
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the trainer reads. `digest` names data, layout and shares; `data_fingerprint` the data
-    and its layout only. `quotas[s]` rows of `sources[s]` are drawn in all.
+    """What the trainer reads. `data_fingerprint` tells documents, how they are cut into rows and
+    their shares; `digest` all that decides rows and steps, and the model. `quotas[s]` rows of
+    `sources[s]` are drawn in all.
     """
 
     directory: Path
@@ -352,7 +353,7 @@ class _Preparation:
     def _published(
         self, inputs: list[_Input], model: ModelInfo, info: TokenizerInfo, layout: Layout
     ) -> Prepared:
-        data, whole = self._fingerprints(inputs, info, layout)
+        data, whole = self._fingerprints(inputs, model, info, layout)
         directory = self.prepared / whole
         if (directory / "prepared.json").is_file():
             try:
@@ -373,14 +374,14 @@ class _Preparation:
         return load_prepared(directory)
 
     def _fingerprints(
-        self, inputs: list[_Input], info: TokenizerInfo, layout: Layout
+        self, inputs: list[_Input], model: ModelInfo, info: TokenizerInfo, layout: Layout
     ) -> tuple[str, str]:
-        """(the data and its layout; that and everything else that decides rows and steps)."""
+        """(the data, its layout and its shares; that and all else that prepared.json says)."""
         training, validation = self.config.training, self.config.validation
         data = _digest(
             VERSION,
             [
-                [given.dataset.name, given.dataset.role, given.held_out]
+                [given.dataset.name, given.dataset.role, given.held_out, given.dataset.weight]
                 + [shard.key for shard in given.shards]
                 for given in inputs
             ],
@@ -389,9 +390,12 @@ class _Preparation:
             validation.split_percent,
             self.config.data.max_bad_lines > 0,
         )
-        weights = [given.dataset.weight for given in inputs]
         return data, _digest(
-            data, weights, training.epochs, training.max_steps, training.global_batch_size
+            data,
+            model.fingerprint,
+            training.epochs,
+            training.max_steps,
+            training.global_batch_size,
         )
 
     def _write(
