@@ -1,0 +1,346 @@
+"""One arm of bench/train.py in a process of its own: trains a few steps, prints its figures as JSON.
+
+    python bench/train_arm.py SPEC.json
+
+SPEC.json is a `Spec`. Both sides get the same rows from the same prepared data, in the same order.
+"""
+
+import contextlib
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
+
+from cptjob_trainer import attention, dropout, evaluate
+from cptjob_trainer import model as models
+from cptjob_trainer.checkpoints import Checkpoints
+from cptjob_trainer.config import TrainerConfig
+from cptjob_trainer.data import Batcher, Rows, to_device
+from cptjob_trainer.loop import Runtime, Trainer
+from cptjob_trainer.loss import IGNORE
+from cptjob_trainer.metrics import MetricsLog, flops_per_token
+from cptjob_trainer.optimizer import build_optimizer, initialise_state
+from cptjob_trainer.prepare import Prepared, load_prepared
+from cptjob_trainer.reporter import Reporter
+from cptjob_trainer.state import LoopState
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What an arm is told. `flags` are TrainingArguments of the peer; the rest of them is default."""
+
+    side: str  # "ours" or "peer"
+    config: str
+    prepared: str
+    output: str
+    device: str
+    steps: int
+    warmup: int
+    attention: str | None = None
+    flags: dict[str, Any] | None = None
+    profile: str | None = None
+
+
+# --- what is measured -----------------------------------------------------------------------------
+
+
+class Meter:
+    """Step times and losses, the memory of this process, and what others did to the machine."""
+
+    def __init__(self, device: torch.device, warmup: int, last: int) -> None:
+        self.device, self.warmup, self.last = device, warmup, last
+        self.times: list[float] = []
+        self.losses: list[torch.Tensor | float] = []
+        self.own = self.busy = 0.0
+        self.before = _status("VmRSS")
+        with contextlib.suppress(OSError):  # peak since import is then peak since now
+            Path("/proc/self/clear_refs").write_text("5")
+        self.start = time.perf_counter()
+
+    def step(self, loss: torch.Tensor | float) -> None:
+        """Called after each step. A GPU is waited for at both ends of the measured steps only."""
+        self.losses.append(loss)
+        done = len(self.losses)
+        if self.device.type == "cuda" and done in (self.warmup, self.last):
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+        if done == self.warmup:
+            self.own, self.busy = time.process_time(), _busy_seconds()
+        elif done == self.last:
+            self.own, self.busy = time.process_time() - self.own, _busy_seconds() - self.busy
+
+    def figures(self) -> dict[str, Any]:
+        """seconds: of a step. memory, memory_plain: bytes. others: cores that others kept busy.
+
+        cpu_seconds: processor time of a step over all threads, which other load hardly changes.
+        """
+        times = self.times[self.warmup - 1 :]
+        steps = [b - a for a, b in zip(times, times[1:], strict=False)]
+        # Steps of a GPU overlap with the host's, so only their sum says anything.
+        seconds = (times[-1] - times[0]) / len(steps)
+        peak = _status("VmHWM")
+        memory, plain = peak - self.before, peak
+        if self.device.type == "cuda":
+            memory, plain = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        else:
+            seconds = statistics.median(steps)
+        return {
+            "seconds": seconds,
+            "steps": steps,
+            "warmup_seconds": times[0] - self.start,
+            "memory": memory,
+            "memory_plain": plain,
+            "cpu_seconds": self.own / len(steps),
+            "others": max(0.0, self.busy - self.own) / (times[-1] - times[0]),
+            "losses": [float(loss) for loss in self.losses],
+        }
+
+
+def _status(field: str) -> int:
+    """Bytes, from /proc/self/status."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _busy_seconds() -> float:
+    """CPU seconds of the whole machine so far, in user and system mode."""
+    user, nice, system = Path("/proc/stat").read_text().split()[1:4]
+    return (int(user) + int(nice) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+# --- ours -----------------------------------------------------------------------------------------
+
+
+class TimedTrainer(Trainer):
+    """The product's loop without evaluations and checkpoints, which the peer does not do either."""
+
+    meter: Meter
+
+    def _record(self, agreed: Any, step: Any, *rest: Any) -> None:
+        super()._record(agreed, step, *rest)
+        self.meter.step(step.loss)
+
+    def evaluate(self, base: Any) -> Any:
+        """Nothing."""
+
+    def _save_if_due(self) -> None:
+        """Nothing."""
+
+
+def make_batcher(config: TrainerConfig, prepared: Prepared) -> Batcher:
+    return Batcher(
+        prepared.sources,
+        prepared.mix(config.training.seed),
+        global_batch=config.training.global_batch_size,
+        micro_batch=config.training.batch_size_per_device,
+        max_length=prepared.max_length,
+        pad_id=prepared.pad_id,
+        packed=prepared.packed,
+        rank=0,
+        world=1,
+    )
+
+
+def train_ours(spec: Spec, config: TrainerConfig, prepared: Prepared) -> dict[str, Any]:
+    """What the worker does, at one process."""
+    training, device = config.training, torch.device(spec.device)
+    meter = Meter(device, spec.warmup, spec.steps)
+    dtype = models.compute_dtype(training, device)
+    lm = models.load(config, prepared.packed).to(device)
+    runtime = Runtime(
+        rank=0,
+        world=1,
+        device=device,
+        dtype=dtype,
+        sharded=False,
+        documents=lm.config._attn_implementation == attention.NAME,
+        dropping=dropout.active(lm, lm.config),
+    )
+    batcher = make_batcher(config, prepared)
+    model = models.LossModel(lm)
+    first = to_device(batcher.step(0).micro_batches[0], device, runtime.documents)
+    models.check_loss(model, first, torch.float32)
+    if training.activation_checkpointing == "Full":
+        models.set_activation_checkpointing(lm)
+    parameters = sum(p.numel() for p in lm.parameters())
+    layers, width = lm.config.num_hidden_layers, lm.config.hidden_size
+    flops = flops_per_token(parameters, layers, width, prepared.max_length)
+    if models.compiles(config, device, flops, runtime.dropping):
+        models.compile_layers(model)
+    optimizer = build_optimizer(model, training)
+    initialise_state(optimizer)
+    shape = {
+        "micro_batch": training.batch_size_per_device,
+        "max_length": prepared.max_length,
+        "pad_id": prepared.pad_id,
+        "packed": prepared.packed,
+        "rank": 0,
+        "world": 1,
+    }
+    evaluator = evaluate.Evaluator(
+        prepared.heldout,
+        total_rows=prepared.total_rows,
+        documents=runtime.documents,
+        device=device,
+        dtype=dtype,
+        sharded=False,
+        **shape,
+    )
+    output = Path(spec.output)
+    checkpoints = Checkpoints(
+        output / "checkpoints",
+        uid="bench",
+        lineage={},
+        keep_last=None,
+        on_mismatch="Refuse",
+        rank=0,
+        world=1,
+    )
+    trainer = TimedTrainer(
+        config,
+        runtime,
+        model,
+        optimizer,
+        batcher,
+        evaluator,
+        checkpoints,
+        LoopState(),
+        spec.steps,
+        [source.name for source in prepared.sources],
+        stop_asked=lambda: False,
+        metrics=MetricsLog(output / "metrics.jsonl", 0),
+        reporter=Reporter(0, flops, None, 1.0),
+    )
+    trainer.meter = meter
+    with profiled(spec.profile):
+        trainer.run(None)
+    batcher.close()
+    return meter.figures()
+
+
+# --- the peer -------------------------------------------------------------------------------------
+
+
+class RowList(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """The rows as the peer wants them: labels are the row's own tokens, shifted by the model.
+
+    Positions that restart, and no attention mask, tell transformers where documents begin.
+    """
+
+    def __init__(self, batches: Sequence[Rows]) -> None:
+        self.items = [
+            {
+                "input_ids": batch.ids[at],
+                "position_ids": batch.positions[at],
+                # Ours say what follows a token; the peer's say what the token is.
+                "labels": torch.cat([torch.tensor([IGNORE]), batch.targets[at, :-1]]),
+            }
+            for batch in batches
+            for at in range(len(batch.ids))
+        ]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.items[index]
+
+
+class Peer(transformers.Trainer):
+    """Keeps the loss of each step, as a tensor: reading it would make the host wait for a GPU."""
+
+    loss: torch.Tensor
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.loss = super().training_step(*args, **kwargs)
+        return self.loss
+
+
+class OnStep(TrainerCallback):
+    def __init__(self, meter: Meter) -> None:
+        self.meter, self.peer = meter, None
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        assert self.peer is not None
+        self.meter.step(self.peer.loss)
+
+
+def train_peer(spec: Spec, config: TrainerConfig, prepared: Prepared) -> dict[str, Any]:
+    """transformers' Trainer with the same rows, optimizer, learning rate and clipping."""
+    training = config.training
+    batcher = make_batcher(config, prepared)
+    rows = RowList([m for step in range(spec.steps) for m in batcher.step(step).micro_batches])
+    batcher.close()
+    meter = Meter(torch.device(spec.device), spec.warmup, spec.steps)
+    lm = AutoModelForCausalLM.from_pretrained(
+        config.model.path, dtype=torch.float32, attn_implementation=spec.attention
+    )
+    arguments = TrainingArguments(
+        output_dir=spec.output,
+        max_steps=spec.steps,
+        per_device_train_batch_size=training.batch_size_per_device,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type="constant",
+        weight_decay=training.optimizer.weight_decay,
+        adam_beta1=training.optimizer.betas[0],
+        adam_beta2=training.optimizer.betas[1],
+        adam_epsilon=training.optimizer.eps,
+        max_grad_norm=training.max_grad_norm,
+        train_sampling_strategy="sequential",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        bf16=True,
+        use_cpu=spec.device == "cpu",
+        **(spec.flags or {}),
+    )
+    on_step = OnStep(meter)
+    peer = Peer(model=lm, args=arguments, train_dataset=rows, callbacks=[on_step])
+    on_step.peer = peer
+    with profiled(spec.profile):
+        peer.train()
+    return meter.figures()
+
+
+@contextlib.contextmanager
+def profiled(path: str | None) -> Any:
+    """Write a table of operators to `path`."""
+    if path is None:
+        yield
+        return
+    from torch.profiler import profile
+
+    with profile(profile_memory=True) as profiler:
+        yield
+    averages = profiler.key_averages()
+    key = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    Path(path).write_text(averages.table(sort_by=key, row_limit=60))
+
+
+def main() -> None:
+    spec = Spec(**json.loads(Path(sys.argv[1]).read_text()))
+    config = TrainerConfig.load(spec.config)
+    prepared = load_prepared(Path(spec.prepared))
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(config.training.seed)
+    if spec.side == "ours":
+        # As the worker sets it; the peer has a flag for it.
+        torch.set_float32_matmul_precision("high")
+    train = train_ours if spec.side == "ours" else train_peer
+    print(json.dumps(train(spec, config, prepared)))
+
+
+if __name__ == "__main__":
+    main()
