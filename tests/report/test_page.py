@@ -118,7 +118,7 @@ def test_the_same_run_gives_the_same_bytes_in_another_process_and_from_the_comma
     out = run.write()
     first = write_report(out, run.manifest()).read_bytes()
     (out / "report.html").unlink()
-    (out / "manifest.json").write_text(json.dumps({**run.manifest(), "files": {}}))
+    (out / "manifest.json").write_text(json.dumps({**run.manifest(), "files": {}}, sort_keys=True))
     (out / "matplotlibrc").write_text("lines.linewidth: 9\n")
     command = [sys.executable, "-m", "cptjob_trainer.report", str(out)]
     environment = {**os.environ, "PYTHONHASHSEED": "7"}

@@ -202,9 +202,9 @@ def duration(seconds: float) -> str:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """(dotted name, text) of each value of nested objects."""
+    """(dotted name, text) of each value of nested objects, by name: a file keeps no order."""
     rows = []
-    for name, value in values.items():
+    for name, value in sorted(values.items()):
         if isinstance(value, Mapping):
             rows += _flat(value, f"{prefix}{name}.")
         elif isinstance(value, list | tuple):
