@@ -18,10 +18,11 @@ no alternative matches across it, and none looks behind.
 import json
 import re
 import unicodedata
+from array import array
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
-import numpy as np
 from tokenizers import Tokenizer
 
 from cptjob_trainer.tokenizer import TokenizerInfo
@@ -73,7 +74,8 @@ class Encoder:
     """Encodes documents of one tokenizer. Text that spells a control token is plain text."""
 
     def __init__(self, info: TokenizerInfo, *, cached: bool = True) -> None:
-        self._dtype = np.dtype(info.dtype)
+        # Cheaper than numpy for the few ids of a part. Sizes are those of all common machines.
+        self._code = "H" if info.dtype == "<u2" else "I"
         self._control = info.control
         self._tokenizer = info.load()
         self._tokenizer.encode_special_tokens = True
@@ -92,7 +94,7 @@ class Encoder:
             return self._encode_plainly(texts)
         parts = [self._cut(text) for text in texts]
         known = self._parts
-        missing = {part for document in parts for part in document if part not in known}
+        missing = set(chain.from_iterable(parts)).difference(known)
         if missing:
             self._learn(sorted(missing), sum(map(len, texts)))
         result = [b"".join(map(known.__getitem__, document)) for document in parts]
@@ -130,7 +132,7 @@ class Encoder:
                 ids = encoding.ids
                 if not self._control.isdisjoint(ids):
                     ids = self._without_control(text)
-                result.append(np.array(ids, dtype=self._dtype).tobytes())
+                result.append(array(self._code, ids).tobytes())
         return result
 
     def _without_control(self, text: str) -> list[int]:
