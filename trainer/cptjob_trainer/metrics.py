@@ -20,7 +20,8 @@ PEAK_FLOPS = {
 class MetricsLog:
     """Appends JSON lines. Opened at a step, it first drops what an abandoned attempt wrote beyond it."""
 
-    def __init__(self, path: Path, step: int) -> None:
+    def __init__(self, path: Path, step: int, events: Path | None = None) -> None:
+        """`events`: a folder that gets the same numbers as TensorBoard event files."""
         kept = [line for line in read_metrics(path) if line["step"] <= step]
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")
@@ -28,15 +29,34 @@ class MetricsLog:
             file.writelines(json.dumps(line) + "\n" for line in kept)
         temporary.replace(path)
         self._file = path.open("a")
+        self._events: Any = None
+        if events is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(events), purge_step=step + 1)
 
     def write(self, **values: Any) -> None:
         """One line, at once visible to readers."""
         self._file.write(json.dumps(values) + "\n")
         self._file.flush()
+        if self._events is not None:
+            for name, number in _scalars(values):
+                self._events.add_scalar(name, number, values["step"])
 
     def close(self) -> None:
+        if self._events is not None:
+            self._events.close()
         os.fsync(self._file.fileno())
         self._file.close()
+
+
+def _scalars(values: dict[str, Any], group: str = "train") -> Iterator[tuple[str, float]]:
+    """Numbers of a line as TensorBoard's `group/name`; a table in the line is a group of its own."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _scalars(value, name)
+        elif isinstance(value, int | float) and not isinstance(value, bool) and name != "step":
+            yield f"{group}/{name}", float(value)
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:

@@ -6,6 +6,7 @@ group) gathered.
 """
 
 import logging
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -202,6 +203,36 @@ def check_loss(model: LossModel, batch: Batch, dtype: torch.dtype) -> None:
             own,
             ours,
         )
+
+
+def needs_checkpointing(
+    model: LossModel, config: TrainerConfig, device: torch.device, world: int
+) -> bool:
+    """Whether weights, their gradients and moments, and all activations would not fit in memory.
+
+    Activations by arXiv 2205.05198, equation 2 without attention scores, which are never stored:
+    34 bytes a token, layer and unit of width in half precision, twice that in fp32.
+    """
+    training = config.training
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    states = (16 * trained + 4 * frozen) / world
+    tokens = training.batch_size_per_device * training.max_length
+    width = int(getattr(model.lm.config, "hidden_size", 0))
+    half = compute_dtype(training, device) != torch.float32
+    activations = (34 if half else 68) * tokens * width * len(decoder_layers(model.lm))
+    if device.type == "cuda":
+        memory: float = torch.cuda.get_device_properties(device).total_memory
+    else:
+        local = config.processes.num_proc_per_node
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / local
+    # A tenth is left to logits, buffers and fragmentation.
+    needed = states + activations > 0.9 * memory
+    if needed:
+        log.info(
+            "activation checkpointing: on, %.1f GB would not fit", (states + activations) / 1e9
+        )
+    return needed
 
 
 def set_activation_checkpointing(lm: nn.Module) -> None:

@@ -36,7 +36,7 @@ _TICKS = [1, 2, 2.5, 5, 10]
 # Stand-ins which are replaced by variables of the page's style sheet, so that one drawing serves
 # the light and the dark scheme.
 _COLOURS = {"ink": "#010001", "grid": "#010002"} | {f"c{n}": f"#0200{n:02x}" for n in range(1, 9)}
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "font.size": _TEXT,
     "text.color": _COLOURS["ink"],

@@ -191,9 +191,7 @@ def _train(
         prepared.total_steps,
         [source.name for source in prepared.sources],
         stop_asked=lambda: stop.asked,
-        metrics=MetricsLog(config.paths.output / "metrics.jsonl", state.step)
-        if rank == 0
-        else None,
+        metrics=_metrics_log(config, state.step) if rank == 0 else None,
         reporter=reporter,
     )
     reporter.start(state.step, prepared.total_steps)
@@ -202,6 +200,12 @@ def _train(
     _finish(config, prepared, trainer, base)
     reporter.phase("Complete")
     reporter.close()
+
+
+def _metrics_log(config: TrainerConfig, step: int) -> MetricsLog:
+    out = config.paths.output
+    events = out / "tensorboard" if config.tracking.tensor_board else None
+    return MetricsLog(out / "metrics.jsonl", step, events)
 
 
 def _peak(device_name: str, world: int) -> float | None:
@@ -220,7 +224,11 @@ def _build(
     model = LossModel(lm)
     lm.to(runtime.device)
     _check_loss(model, runtime, batcher)
-    if config.training.activation_checkpointing == "Full":
+    setting = config.training.activation_checkpointing
+    if setting == "Full" or (
+        setting == "Auto"
+        and models.needs_checkpointing(model, config, runtime.device, runtime.world)
+    ):
         models.set_activation_checkpointing(lm)
     if models.compiles(config, runtime.device, run_flops, runtime.dropping):
         models.compile_layers(model)

@@ -1,0 +1,52 @@
+"""metrics.jsonl and TensorBoard's events tell of one lineage, however often a run was cut short."""
+
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cptjob_trainer.metrics import MetricsLog, flops_per_token, peak_flops, read_metrics
+
+
+def test_a_run_that_goes_on_drops_what_was_written_beyond_its_step(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first = MetricsLog(path, 0)
+    for step in (1, 2, 3):
+        first.write(step=step, loss=float(step))
+    first.close()
+    with path.open("a") as file:
+        file.write('{"step": 4, "lo')
+    second = MetricsLog(path, 2)
+    second.write(step=3, loss=30.0)
+    second.close()
+    assert [line["loss"] for line in read_metrics(path)] == [1.0, 2.0, 30.0]
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
+    for start, losses in ((0, (1.0, 2.0, 3.0)), (1, (20.0, 30.0))):
+        log = MetricsLog(tmp_path / "metrics.jsonl", start, tmp_path / "tensorboard")
+        for step, loss in enumerate(losses, start=start + 1):
+            log.write(step=step, loss=loss, mfu=None, tokensBySource={"law": 7})
+        log.write(step=start + 1, evaluation={"heldout_domain_loss": 5.0})
+        log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [
+        (1, 1.0),
+        (2, 20.0),
+        (3, 30.0),
+    ]
+    assert events.Scalars("tokensBySource/law")[-1].value == 7.0
+    assert events.Scalars("evaluation/heldout_domain_loss")[-1].value == 5.0
+
+
+def test_flops_count_parameters_and_causal_attention() -> None:
+    assert flops_per_token(100, layers=2, width=8, length=16) == 6 * 100 + 6 * 2 * 8 * 16
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("NVIDIA H100 80GB HBM3", 989e12), ("Tesla V100-SXM2", 125e12), ("cpu", None)],
+)
+def test_peaks_are_known_by_the_devices_name(name: str, peak: float | None) -> None:
+    assert peak_flops(name) == peak
