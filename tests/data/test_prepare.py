@@ -657,3 +657,22 @@ def test_the_data_part_starts_without_torch() -> None:
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ended.stdout.strip() == "[]"
+
+
+def test_a_slow_tokenizer_is_converted_once(
+    tmp_path: Path, make: SimpleNamespace, job: Job, kinds: dict[str, Tokenizer]
+) -> None:
+    model = make.model(tmp_path / "slow", kinds["gpt2"], model_type="gpt2")
+    (model / "tokenizer.json").unlink()
+    kinds["gpt2"].model.save(str(model))
+    set_tokenizer(model, tokenizer_class="GPT2Tokenizer")
+    path = make.texts(tmp_path / "data.jsonl", make.sentences(30))
+    config = job(path, model=model)
+    prepared = prepare(config, packs=packs)
+    assert len(list((config.paths.prepared / "tokenizers").glob("*.json"))) == 1
+    same = prepare(job(path, output=tmp_path / "fast"), packs=packs)
+    rows = [
+        [source.row(i).tokens.tolist() for source in each.sources for i in range(source.rows())]
+        for each in (prepared, same)
+    ]
+    assert rows[0] == rows[1]
