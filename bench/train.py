@@ -101,7 +101,12 @@ def make_config(model: Path, text: Path, size: Size, arm: Arm, output: Path) -> 
 
 
 def run_arm(
-    arm: Arm, config: TrainerConfig, prepared: Prepared, size: Size, device: str, profile: str | None
+    arm: Arm,
+    config: TrainerConfig,
+    prepared: Prepared,
+    size: Size,
+    device: str,
+    profile: str | None,
 ) -> dict[str, Any]:
     """Run one arm in a fresh process and return its figures."""
     output = config.paths.output
@@ -200,7 +205,9 @@ def machine(device: str) -> str:
 # --- the run --------------------------------------------------------------------------------------
 
 
-def bench_model(name: str, options: argparse.Namespace, device: str, scratch: Path) -> dict[str, Any]:
+def bench_model(
+    name: str, options: argparse.Namespace, device: str, scratch: Path
+) -> dict[str, Any]:
     size = SIZES.get((name, device)) or SIZES["smollm2-135m", device]
     size = Size(
         options.length or size.length,
@@ -257,7 +264,9 @@ def find_device(asked: str) -> str:
         return asked
     # Asked of a process of its own: this one stays small.
     code = "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True
+    ).stdout.strip()
 
 
 def main() -> None:

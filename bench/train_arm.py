@@ -6,6 +6,7 @@ SPEC.json is a `Spec`. Both sides get the same rows from the same prepared data,
 """
 
 import contextlib
+import itertools
 import json
 import os
 import statistics
@@ -84,7 +85,7 @@ class Meter:
         cpu_seconds: processor time of a step over all threads, which other load hardly changes.
         """
         times = self.times[self.warmup - 1 :]
-        steps = [b - a for a, b in zip(times, times[1:], strict=False)]
+        steps = [b - a for a, b in itertools.pairwise(times)]
         # Steps of a GPU overlap with the host's, so only their sum says anything.
         seconds = (times[-1] - times[0]) / len(steps)
         peak = _status("VmHWM")
