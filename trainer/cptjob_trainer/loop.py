@@ -112,11 +112,15 @@ class Trainer:
                 part.backward()
             loss += part.detach()
         norm = clip_gradients(self.parameters, self.config.training.max_grad_norm)
-        skipped = self.config.training.guards.skip_non_finite and not bool(norm.isfinite())
+        if self.runtime.world > 1:
+            dist.all_reduce(loss)
+        # The one moment of a step at which the host waits for the device.
+        total_loss, total_norm = torch.stack([loss, norm.to(loss.dtype)]).tolist()
+        skipped = self.config.training.guards.skip_non_finite and not math.isfinite(total_norm)
         if not skipped:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return Step(self._sum(loss), float(norm), rate, targets, skipped)
+        return Step(total_loss, total_norm, rate, targets, skipped)
 
     def learning_rate(self, step: int) -> float:
         training = self.config.training
@@ -130,22 +134,17 @@ class Trainer:
             constant_steps=training.schedule.constant_steps,
         )
 
-    def _sum(self, value: torch.Tensor) -> float:
-        if self.runtime.world > 1:
-            dist.all_reduce(value)
-        return float(value)
-
     def _agree(self, rows: StepRows) -> Agreed:
         """Sums over ranks before a step, in one small reduction: counts, and what any rank wants."""
         counts = [rows.tokens_by_source.get(at, 0) for at in range(len(self.source_names))]
         # Only rank 0's clock decides on an evaluation: ranks of two minds would wait for ever.
         due = self.runtime.rank == 0 and self._evaluation_due()
-        values = torch.tensor(
-            [rows.targets, int(self.stop_asked()), int(due), *counts], device=self.runtime.device
-        )
+        values = [rows.targets, int(self.stop_asked()), int(due), *counts]
         if self.runtime.world > 1:
-            dist.all_reduce(values)
-        targets, stops, evaluations, *tokens = (int(v) for v in values.tolist())
+            shared = torch.tensor(values, device=self.runtime.device)
+            dist.all_reduce(shared)
+            values = [int(value) for value in shared.tolist()]
+        targets, stops, evaluations, *tokens = values
         named = zip(self.source_names, tokens, strict=True)
         return Agreed(
             targets, stops > 0, evaluations > 0, {n: count for n, count in named if count}
