@@ -39,7 +39,8 @@ gpu: setup $(VENV)/.dev ## run the tests that need an NVIDIA GPU
 	$(bin)/python -m pytest -m gpu tests/trainer
 
 bench: setup $(VENV)/.bench ## measure against peers; figures go to bench/RESULTS.md
-	@for file in bench/*.py; do echo "== $$file"; $(bin)/python $$file || exit; done
+	@for name in prepare resume checkpoint train; do \
+	  echo "== bench/$$name.py"; $(bin)/python bench/$$name.py || exit; done
 
 fmt: $(VENV)/.dev ## format the code and fix what can be fixed
 	$(bin)/ruff check --fix-only --quiet .

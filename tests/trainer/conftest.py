@@ -1,5 +1,6 @@
 """Tiny models of many architectures with random weights, and a trainer around one, in this process."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from cptjob_trainer import attention, dropout, evaluate, loop, model
+from cptjob_trainer import attention, dropout, evaluate, forkserver, loop, model
 from cptjob_trainer.checkpoints import Checkpoints
 from cptjob_trainer.config import (
     DatasetInput,
@@ -279,3 +280,10 @@ def run_steps() -> Callable[..., list[float]]:
 def helpers() -> Any:
     """This module, for tests that build their own trainers."""
     return sys.modules[__name__]
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> None:
+    """The launcher's warm server: ranks forked from it start in a fraction of a second."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    forkserver.start("cptjob_trainer.worker:main")

@@ -9,7 +9,6 @@ import os
 import sys
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from cptjob_trainer.config import TrainerConfig
@@ -22,35 +21,32 @@ helpers = importlib.util.module_from_spec(spec)
 sys.modules["helpers"] = helpers
 spec.loader.exec_module(helpers)
 
-task = json.loads(sys.argv[1])
-rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-if world > 1:
-    dist.init_process_group("gloo")
-config = TrainerConfig.load(task["config"])
-trainer = helpers.assemble(
-    config,
-    helpers.random_rows(*task["rows"]),
-    task["total_steps"],
-    task["packed"],
-    rank,
-    world,
-)
-resume = trainer.checkpoints.open()
-first = 0
-if resume is not None:
-    trainer.checkpoints.load(resume, checkpoint_tensors(trainer.model, trainer.optimizer))
-    first = resume.step
-losses = []
-for step in range(first, task["until"]):
-    trainer.state.step = step
-    rows = trainer.batcher.step(step)
-    losses.append(trainer.step(rows, trainer._agree(rows).targets).loss)
-trainer.state.step = task["until"]
-trainer.save()
-heldout = trainer.evaluator.run(trainer.model).by_role
-if rank == 0:
-    print(json.dumps({"losses": losses, "heldout": heldout, "first": first}))
-if world > 1:
-    dist.barrier()
-    dist.destroy_process_group()
-torch.set_num_threads(1)
+
+def main(text: str) -> None:
+    """`text`: the task as JSON; RANK, WORLD_SIZE and MASTER_* are set."""
+    task = json.loads(text)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if world > 1:
+        dist.init_process_group("gloo")
+    config = TrainerConfig.load(task["config"])
+    rows = helpers.random_rows(*task["rows"])
+    trainer = helpers.assemble(config, rows, task["total_steps"], task["packed"], rank, world)
+    resume = trainer.checkpoints.open()
+    first = 0
+    if resume is not None:
+        trainer.checkpoints.load(resume, checkpoint_tensors(trainer.model, trainer.optimizer))
+        first = resume.step
+    losses = []
+    for step in range(first, task["until"]):
+        trainer.state.step = step
+        part = trainer.batcher.step(step)
+        losses.append(trainer.step(part, trainer._agree(part).targets).loss)
+    trainer.state.step = task["until"]
+    trainer.save()
+    heldout = trainer.evaluator.run(trainer.model).by_role
+    if rank == 0:
+        value = {"losses": losses, "heldout": heldout, "first": first}
+        Path(task["result"]).write_text(json.dumps(value))
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()

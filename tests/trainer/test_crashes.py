@@ -44,9 +44,7 @@ ONCE = {"train.start", "checkpoint.claim", "checkpoint.claimed", "checkpoint.cle
 
 
 @pytest.fixture(scope="session")
-def volumes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    forkserver.start(ENTRYPOINT)
+def volumes(tmp_path_factory: pytest.TempPathFactory, fork_server: None) -> Path:
     path = tmp_path_factory.mktemp("volumes")
     demo.main(["tiny", "--volumes", str(path)])
     return path

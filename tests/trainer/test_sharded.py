@@ -1,17 +1,15 @@
 """Ranks that share a model (FSDP2 over gloo, real processes) train what one process trains."""
 
 import json
-import os
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).with_name("sharded_rank.py")
+from cptjob_trainer import forkserver
+
 Build = Callable[..., Any]
 
 
@@ -19,28 +17,34 @@ def run(world: int, task: dict[str, Any]) -> dict[str, Any]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    environment = {**os.environ, **common, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment = {
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
     ranks = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), json.dumps(task)],
-            env={**environment, "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        forkserver.spawn("sharded_rank:main", json.dumps(task), environment | {"RANK": str(rank)})
         for rank in range(world)
     ]
-    outputs = [rank.communicate(timeout=300) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * world, "\n".join(e for _, e in outputs)
-    result: dict[str, Any] = json.loads(outputs[0][0].splitlines()[-1])
+    for rank in ranks:
+        rank.join(240)
+    assert [rank.exitcode for rank in ranks] == [0] * world
+    result: dict[str, Any] = json.loads(Path(task["result"]).read_text())
     return result
 
 
 @pytest.fixture
-def task(tmp_path: Path, model_dir: Build, helpers: Any) -> Build:
+def task(
+    tmp_path: Path,
+    model_dir: Build,
+    helpers: Any,
+    fork_server: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Build:
     """`task("run", method="LoRA", ...)`: what `run` is told; one name, one output."""
     path = model_dir("llama")
+    monkeypatch.syspath_prepend(Path(__file__).parent)
 
     def build(name: str, until: int = 6, **training: Any) -> dict[str, Any]:
         settings: dict[str, Any] = {
@@ -60,6 +64,7 @@ def task(tmp_path: Path, model_dir: Build, helpers: Any) -> Build:
             "total_steps": 6,
             "packed": True,
             "until": until,
+            "result": str(tmp_path / f"{name}.losses.json"),
         }
 
     return build
