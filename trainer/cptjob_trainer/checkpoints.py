@@ -24,10 +24,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
-import safetensors
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
@@ -526,11 +526,8 @@ def mismatch(stored: Stored, lineage: dict[str, Any]) -> str:
 
 def software() -> dict[str, str]:
     """Versions on which exact continuation depends."""
-    return {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "safetensors": safetensors.__version__,
-    }
+    packages = ("torch", "transformers", "peft", "safetensors", "tokenizers")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
 def _order(stored: Stored) -> tuple[int, int]:

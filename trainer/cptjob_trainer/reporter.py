@@ -10,7 +10,7 @@ from cptjob_trainer.progress import CheckpointRef, Phase, Progress, StorePublish
 from cptjob_trainer.state import LoopState
 
 INTERVAL_SECONDS = 0.5
-# The estimate of what remains follows the speed of about this many steps.
+# Speed, and the estimate of what remains, follow about this many steps.
 SMOOTHING_STEPS = 20
 STORE_VARIABLE = "CPTJOB_STORE"
 
@@ -25,7 +25,9 @@ class Reporter:
         self._epochs = epochs
         self._progress = Progress(phase="Loading")
         self._sent = 0.0
-        self._seconds_per_step: float | None = None
+        self._steps = 0
+        self._seconds_per_step = 0.0
+        self._tokens_per_step = 0.0
 
     def mfu(self, tokens: int, seconds: float) -> float | None:
         """Model FLOPs utilisation: achieved over peak, None where the device's peak is not known."""
@@ -44,21 +46,23 @@ class Reporter:
 
     def step(self, state: LoopState, total_steps: int, values: dict[str, Any]) -> None:
         seconds = values["seconds"] + values["dataWait"]
-        if self._seconds_per_step is None:
-            self._seconds_per_step = seconds
-        self._seconds_per_step += (seconds - self._seconds_per_step) / SMOOTHING_STEPS
+        # The first steps of a process are slow, and the last step of a run may be nearly empty.
+        share = max(1.0 / SMOOTHING_STEPS, 1.0 / (self._steps + 1))
+        self._steps += 1
+        self._seconds_per_step += share * (seconds - self._seconds_per_step)
+        self._tokens_per_step += share * (values["tokens"] - self._tokens_per_step)
         numbers = ("loss", "learningRate", "gradNorm", "dataWait", "padding", "mfu")
         metrics = {n: values[n] for n in numbers if values.get(n) is not None}
-        share = state.step / total_steps
+        done = state.step / total_steps
         self._update(
             phase="Training",
             message="",
             current_step=state.step,
             total_steps=total_steps,
-            epoch=self._epochs * share,
-            progress_percentage=100.0 * share,
+            epoch=self._epochs * done,
+            progress_percentage=100.0 * done,
             estimated_remaining_seconds=(total_steps - state.step) * self._seconds_per_step,
-            tokens_per_second=values["tokensPerSecond"],
+            tokens_per_second=self._tokens_per_step / max(self._seconds_per_step, 1e-9),
             metrics=self._progress.metrics | metrics,
         )
         self._send(force=state.step == total_steps)
