@@ -2,8 +2,8 @@
 
 Positions restart at each document piece. transformers' masking code reads document borders off that
 restart (`find_packed_sequence_indices`), as long as no cache and no other mask is given, but it then
-computes a row's full square of scores. `packed_attention` computes only each document's own: on a
-CPU one causal product a document, on a GPU the varlen kernel. Models that carry state along the row
+computes a row's full square of scores. `packed_attention` computes only each document's own: with
+`document_attention`, and on a GPU with the varlen kernel. Models that carry state along the row
 by other means (Bloom's biases, Mamba's recurrence) mix the documents all the same, so nothing is
 believed: two documents are run packed and alone.
 """
@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from cptjob_trainer import dropout as keyed_dropout
+from cptjob_trainer.document_attention import document_attention
 
 NAME = "cptjob_packed"
 # Arguments some architectures give their attention that a plain softmax(QK)V does not honour.
@@ -42,7 +42,8 @@ def borders(position_ids: torch.Tensor) -> list[list[int]]:
 
 
 def _repeat_heads(x: torch.Tensor, times: int) -> torch.Tensor:
-    return x if times == 1 else x.repeat_interleave(times, dim=1)
+    """x: [..., heads, T, d]."""
+    return x if times == 1 else x.repeat_interleave(times, dim=-3)
 
 
 def _with_dropout(
@@ -57,7 +58,7 @@ def _with_dropout(
 ) -> torch.Tensor:
     """Attention of one document written out, for the mask of dropped scores must be our own."""
     scores = (q @ k.transpose(-1, -2)).float() * scale
-    scores = scores.masked_fill(~_causal(q.shape[2], window, q.device), float("-inf"))
+    scores = scores.masked_fill(~_causal(q.shape[-2], window, q.device), float("-inf"))
     weights = scores.softmax(-1).to(q.dtype)
     return (weights * keyed_dropout.keep_mask(weights, p, row, place)) @ v
 
@@ -68,34 +69,27 @@ def _causal(length: int, window: int, device: torch.device) -> torch.Tensor:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _by_document(
+def _by_document_with_dropout(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    pieces: list[list[int]],
+    borders_flat: torch.Tensor,
     scale: float,
     dropout: float,
     window: int,
 ) -> torch.Tensor:
     """[b, heads, T, d] x 3 -> [b, T, heads, d]; one causal attention for each piece of each row."""
-    groups = query.shape[1] // key.shape[1]
-    place = keyed_dropout.next_place() if dropout else ()
-    rows = []
-    for row, starts in enumerate(pieces):
-        outputs = []
-        for start, end in itertools.pairwise(starts):
-            q, k, v = (x[row : row + 1, :, start:end] for x in (query, key, value))
-            k, v = _repeat_heads(k, groups), _repeat_heads(v, groups)
-            if dropout:
-                here = (*place, start)
-                outputs.append(_with_dropout(q, k, v, scale, window, dropout, row, here))
-            elif window and end - start > window:
-                mask = _causal(end - start, window, q.device)
-                outputs.append(F.scaled_dot_product_attention(q, k, v, mask, scale=scale))
-            else:
-                outputs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale))
-        rows.append(torch.cat(outputs, dim=2))
-    return torch.cat(rows).transpose(1, 2)
+    batch, heads, length, _ = query.shape
+    groups = heads // key.shape[1]
+    place = keyed_dropout.next_place()
+    outputs = []
+    for begin, end in itertools.pairwise(borders_flat.tolist()):
+        row, start = divmod(begin, length)
+        q, k, v = (x[row, :, start : start + end - begin] for x in (query, key, value))
+        k, v = _repeat_heads(k, groups), _repeat_heads(v, groups)
+        outputs.append(_with_dropout(q, k, v, scale, window, dropout, row, (*place, start)))
+    result = torch.cat(outputs, dim=1).transpose(0, 1)
+    return result.reshape(batch, length, heads, -1)
 
 
 def _varlen(
@@ -134,15 +128,15 @@ def packed_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    document_pieces: Any = None,
     document_borders: torch.Tensor | None = None,
+    document_borders_host: torch.Tensor | None = None,
     longest_document: int = 0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """An attention function for transformers' registry; shapes [b, heads, T, d] -> [b, T, heads, d].
 
-    `document_pieces` (CPU, lists of starts) or `document_borders` (GPU, cumulative lengths of the
-    rows laid end to end, int32) come from the trainer through the model's keyword arguments.
+    `document_borders` (int32: where pieces begin and the last one ends, in rows laid end to end)
+    come from the trainer through the model's keyword arguments, on the device and on the host.
     Raises TypeError for a kind of attention it would compute wrongly.
     """
     odd = [name for name in UNSUPPORTED if kwargs.get(name) is not None]
@@ -154,13 +148,15 @@ def packed_attention(
         # Rotary positions are fp32 and make queries and keys fp32 again.
         half = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(half), key.to(half), value.to(half)
-    # The kernel knows half precision only.
-    kernel = query.is_cuda and query.dtype != torch.float32 and not dropout
-    if document_borders is not None and kernel:
-        return _varlen(query, key, value, document_borders, longest_document, scale, window), None
-    if document_pieces is None:
+    if document_borders is None or document_borders_host is None:
         raise TypeError(f"{NAME} was called without the documents' borders")
-    return _by_document(query, key, value, document_pieces, scale, dropout, window), None
+    host = document_borders_host
+    if dropout:
+        return _by_document_with_dropout(query, key, value, host, scale, dropout, window), None
+    # The kernel knows half precision only.
+    if query.is_cuda and query.dtype != torch.float32:
+        return _varlen(query, key, value, document_borders, longest_document, scale, window), None
+    return document_attention(query, key, value, host, scale, window), None
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
@@ -177,16 +173,13 @@ def register() -> None:
 
 def document_arguments(position_ids: torch.Tensor, device: torch.device) -> dict[str, Any]:
     """Keyword arguments that tell `packed_attention` the borders of `position_ids` [b, T] (on CPU)."""
-    pieces = borders(position_ids)
-    if device.type != "cuda":
-        return {"document_pieces": pieces}
     length = position_ids.shape[1]
-    flat = [row * length + start for row, starts in enumerate(pieces) for start in starts[:-1]]
-    flat.append(position_ids.numel())
-    lengths = torch.tensor(flat, dtype=torch.int32)
+    pieces = enumerate(borders(position_ids))
+    flat = [row * length + start for row, starts in pieces for start in starts[:-1]]
+    host = torch.tensor([*flat, position_ids.numel()], dtype=torch.int32)
     return {
-        "document_pieces": pieces,
-        "document_borders": lengths.to(device, non_blocking=True),
+        "document_borders": host.to(device, non_blocking=True),
+        "document_borders_host": host,
         # Fixed for a run, so that compiled code is not made anew for every batch.
         "longest_document": length,
     }

@@ -58,14 +58,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = F.linear(chunk, weight, bias).float()
             kept = target != IGNORE
             safe = target.clamp_min(0).unsqueeze(1)
-            log_z = torch.logsumexp(logits, dim=1, keepdim=True)
-            nll = (log_z - logits.gather(1, safe)).squeeze(1)
+            highest = logits.amax(1, keepdim=True)
+            chosen = logits.gather(1, safe)
+            grad = torch.softmax(logits, dim=1)
+            # The largest probability is no less than 1 / V, so its logarithm is exact enough.
+            nll = (highest - grad.amax(1, keepdim=True).log() - chosen).squeeze(1)
             total += torch.where(kept, nll, 0.0).sum()
             if not (needs_hidden or needs_weight or needs_bias):
                 continue
             # d nll / d logits = softmax - onehot, and nothing for ignored targets.
-            grad = logits.sub_(log_z).exp_()
-            grad.scatter_add_(1, safe, torch.full_like(log_z, -1.0))
+            grad.scatter_add_(1, safe, torch.full_like(highest, -1.0))
             grad.mul_(kept.unsqueeze(1))
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
