@@ -34,6 +34,11 @@ class Rows:
     def targets_count(self) -> int:
         return int((self.targets != IGNORE).sum())
 
+    def head(self, tokens: int) -> "Rows":
+        """The first tokens of the first row."""
+        part = (slice(1), slice(tokens))
+        return Rows(self.ids[part], self.positions[part], self.targets[part], self.numbers[:1])
+
 
 @dataclass
 class StepRows:

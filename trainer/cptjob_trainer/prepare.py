@@ -549,7 +549,7 @@ class _Preparation:
         if domain < _LITTLE_DATA:
             warn(
                 f"datasets: {domain} tokens of domain text are little to learn from, and "
-                f"{training.epochs} epochs may overfit; watch the held-out loss"
+                f"{training.epochs} epoch(s) of them may overfit; watch the held-out loss"
             )
         if not value["heldout"]:
             warn(

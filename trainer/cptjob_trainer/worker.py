@@ -37,6 +37,7 @@ from cptjob_trainer.state import LoopState
 log = logging.getLogger(__name__)
 
 PREPARED_VARIABLE = "CPTJOB_PREPARED"
+CHECKED_TOKENS = 128
 
 
 class StopFlag:
@@ -238,7 +239,8 @@ def _build(
 
 
 def _check_loss(model: LossModel, runtime: Runtime, batcher: Batcher) -> None:
-    first = batcher.step(0).micro_batches[0]
+    # One short row is enough to tell two losses apart, and costs a big model no time.
+    first = batcher.step(0).micro_batches[0].head(CHECKED_TOKENS)
     models.check_loss(model, to_device(first, runtime.device, runtime.documents), torch.float32)
     if runtime.world > 1:
         # Each rank looked at rows of its own; all must go the same way.
