@@ -66,6 +66,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "olmo2": {},
     "granite": {"logits_scaling": 3.0},
     "mixtral": {"num_local_experts": 4},
+    # Windows that are in the mask only, and longer than the probe's documents.
+    "phimoe": {"sliding_window": 32, "num_local_experts": 4},
+    "llama4_text": {
+        "attention_chunk_size": 32, "num_local_experts": 2, "head_dim": 8,
+        "intermediate_size_mlp": 64, "no_rope_layers": [1, 1], "moe_layers": [1],
+    },
     "bloom": {"n_head": 4, "n_layer": 2},
     "mamba": {},
 }  # fmt: skip

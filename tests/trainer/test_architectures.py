@@ -17,6 +17,7 @@ PACKED = [
     "opt", "olmo2", "granite", "mixtral",
 ]  # fmt: skip
 LEAKING = ["bloom", "mamba"]
+WINDOW_IN_THE_MASK = ["phimoe", "llama4_text"]
 
 
 def plain_losses(path: Path, trainer: Any, steps: int, decay: float = 0.1) -> list[float]:
@@ -70,6 +71,27 @@ def test_whether_documents_may_share_a_row_is_found_without_the_weights(
     model_type: str, model_dir: Callable[..., Path]
 ) -> None:
     assert attention.packs(model_dir(model_type)) == (model_type in PACKED)
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "gemma3_text", *WINDOW_IN_THE_MASK])
+def test_windows_longer_than_the_trial_documents_are_kept(
+    model_type: str, model_dir: Callable[..., Path]
+) -> None:
+    path = model_dir(
+        model_type, **({} if model_type in WINDOW_IN_THE_MASK else {"sliding_window": 32})
+    )
+    lm = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    ids = torch.randint(3, 128, (1, 100), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(100).unsqueeze(0)
+    with torch.no_grad():
+        expected = lm(input_ids=ids, position_ids=positions, use_cache=False).logits
+        packs = attention.settle(lm)
+        ours = attention._logits(lm, ids, positions)
+    assert packs
+    assert (lm.config._attn_implementation == attention.NAME) == (
+        model_type not in WINDOW_IN_THE_MASK
+    )
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("model_type", PACKED)
