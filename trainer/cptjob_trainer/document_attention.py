@@ -1,15 +1,17 @@
 """Causal attention of each document by itself, as one operator with its own backward pass.
 
 PyTorch's CPU kernel works in squares of up to 512 keys, masked or not. Here a block of queries meets
-the keys up to its last query and no others, in plain matrix products, which are fast in bf16; the
-backward pass computes the probabilities again. Key heads are shared without copies. Scores and
-softmax are fp32.
+only the keys from its first document's start up to its last query, in plain matrix products, which
+are fast in bf16; the backward pass computes the probabilities again. Key heads are shared without
+copies. Scores and softmax are fp32.
+
+Blocks lie on a grid, not on documents' borders: oneDNN compiles code for each shape of a product and
+keeps it, so there should be few shapes.
 
 It is made for CPUs and runs anywhere. It is a custom operator because the borders differ in every
 batch: compiled code calls it as it is.
 """
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,42 +19,48 @@ from typing import Any
 
 import torch
 
-# Rows of a product; more of them compute more of the square's useless half, fewer fill no core.
+# Keys begin at multiples of this, and so do queries.
+GRID = 64
+# Queries of a block, times the query heads of a key head, are at least this many rows of a product.
 BLOCK = 128
-LEAST_BLOCK = 64
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Queries [start, end) of one row, which see the keys from `first` on, as far as themselves."""
+    """Queries [start, end) of one row and the keys [first, end) that any of them sees."""
 
     row: int
     start: int
     end: int
     first: int
+    # fp32 [queries, some of the first keys], -inf where a query does not see so far back.
+    unseen: torch.Tensor
 
 
-def _blocks(borders: torch.Tensor, length: int, groups: int, window: int) -> Iterator[_Block]:
-    """All blocks. borders: where pieces begin and the last ends, with rows of `length` end to end."""
-    step = max(LEAST_BLOCK, BLOCK // groups)
-    for begin, end in itertools.pairwise(borders.tolist()):
-        row, piece = divmod(begin, length)
-        stop = piece + end - begin
-        for start in range(piece, stop, step):
-            first = max(piece, start - window + 1) if window else piece
-            yield _Block(row, start, min(start + step, stop), first)
+def _blocks(
+    query: torch.Tensor, key: torch.Tensor, borders: torch.Tensor, window: int
+) -> Iterator[_Block]:
+    """The blocks of query [b, H, T, d] over key [b, K, T, d]; for the rest see `document_attention`."""
+    batch, heads, length, _ = query.shape
+    begins = torch.repeat_interleave(borders[:-1], borders.diff()).view(batch, length) % length
+    # The first key that a query sees; it never goes back along the row.
+    nearest = torch.arange(1 - window, length + 1 - window) if window else torch.zeros(length)
+    lowest = begins.maximum(nearest.to(begins.dtype))
+    step = max(GRID, BLOCK // (heads // key.shape[1]))
+    for row, bounds in enumerate(lowest.tolist()):
+        for start in range(0, length, step):
+            end = min(start + step, length)
+            first = bounds[start] // GRID * GRID
+            keys = torch.arange(first, bounds[end - 1])
+            before = keys < lowest[row, start:end].unsqueeze(1)
+            unseen = torch.zeros(before.shape).masked_fill_(before, float("-inf"))
+            yield _Block(row, start, end, first, unseen.to(query.device))
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=4)
 def _triangle(queries: int, device: torch.device) -> torch.Tensor:
     """-inf where a query of a block is before a key of it."""
     return torch.full((queries, queries), float("-inf"), device=device).triu(1)
-
-
-@lru_cache(maxsize=256)
-def _too_far(queries: int, keys: int, window: int, device: torch.device) -> torch.Tensor:
-    """-inf where a key is `window` or more before a query; the last key is the last query."""
-    return torch.full((queries, keys), float("-inf"), device=device).tril(keys - queries - window)
 
 
 def _fold(x: torch.Tensor, block: _Block, heads: int) -> torch.Tensor:
@@ -67,15 +75,15 @@ def _unfold(x: torch.Tensor, block: _Block) -> torch.Tensor:
 
 
 def _probabilities(
-    query: torch.Tensor, key: torch.Tensor, block: _Block, scale: float, window: int
+    query: torch.Tensor, key: torch.Tensor, block: _Block, scale: float
 ) -> torch.Tensor:
     """softmax of query [K, g * n, d] times key [K, m, d], fp32 [K, g * n, m]; both in fp32."""
     n, m = block.end - block.start, block.end - block.first
     scores = torch.bmm(query * scale, key.transpose(1, 2))
     by_query = scores.view(-1, n, m)
     by_query[:, :, m - n :].add_(_triangle(n, scores.device))
-    if window and m > window:
-        by_query.add_(_too_far(n, m, window, scores.device))
+    if block.unseen.numel():
+        by_query[:, :, : block.unseen.shape[1]].add_(block.unseen)
     return torch.softmax(scores, -1)
 
 
@@ -90,17 +98,18 @@ def document_attention(
 ) -> torch.Tensor:
     """query [b, H, T, d], key [b, K, T, d], value [b, K, T, e] -> [b, T, H, e]; K divides H.
 
-    borders: int, on the CPU, see `_blocks`. window: keys that a query sees, itself included; 0 for all.
+    borders: int32, on the CPU: where pieces begin and the last one ends, in rows laid end to end.
+    window: keys that a query sees, itself included; 0 for all.
     """
     batch, heads, length, _ = query.shape
     key_heads = key.shape[1]
     out = query.new_empty(batch, length, heads, value.shape[3])
     value = value.contiguous()
     key32 = key.float().contiguous()
-    for block in _blocks(borders, length, heads // key_heads, window):
+    for block in _blocks(query, key, borders, window):
         keys = slice(block.first, block.end)
         folded = _fold(query, block, key_heads)
-        weights = _probabilities(folded.float(), key32[block.row, :, keys], block, scale, window)
+        weights = _probabilities(folded.float(), key32[block.row, :, keys], block, scale)
         result = torch.bmm(weights.to(value.dtype), value[block.row, :, keys])
         out[block.row, block.start : block.end] = _unfold(result, block).transpose(0, 1)
     return out
@@ -130,7 +139,7 @@ def _backward(
     window: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key and value. grad: [b, T, H, e]."""
-    heads, length, key_heads = query.shape[1], query.shape[2], key.shape[1]
+    key_heads = key.shape[1]
     grad = grad.transpose(1, 2)
     grad_query = torch.empty_like(query)
     key, value = key.contiguous(), value.contiguous()
@@ -138,10 +147,10 @@ def _backward(
     # Summed over blocks, so in fp32.
     grad_key = torch.zeros_like(key, dtype=torch.float32)
     grad_value = torch.zeros_like(value, dtype=torch.float32)
-    for block in _blocks(borders, length, heads // key_heads, window):
+    for block in _blocks(query, key, borders, window):
         row, keys = block.row, slice(block.first, block.end)
         folded, out = _fold(query, block, key_heads), _fold(grad, block, key_heads)
-        weights = _probabilities(folded.float(), key32[row, :, keys], block, scale, window)
+        weights = _probabilities(folded.float(), key32[row, :, keys], block, scale)
         grad_value[row, :, keys] += torch.bmm(weights.to(out.dtype).transpose(1, 2), out)
         grad_weights = torch.bmm(out, value[row, :, keys].transpose(1, 2)).float()
         grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, torch.float32)

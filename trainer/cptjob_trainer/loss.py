@@ -16,7 +16,7 @@ IGNORE = -100
 
 # Logits held at a time, (least, most) by device. On a CPU a chunk is best written and read while it
 # is near the caches; a GPU wants products large enough to fill it.
-CHUNK_ELEMENTS = {"cpu": (2**21, 2**25), "cuda": (2**27, 2**28)}
+CHUNK_ELEMENTS = {"cpu": (2**18, 2**24), "cuda": (2**27, 2**28)}
 
 
 def chunk_rows(vocabulary: int, width: int, device_type: str) -> int:
@@ -61,6 +61,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             highest = logits.amax(1, keepdim=True)
             chosen = logits.gather(1, safe)
             grad = torch.softmax(logits, dim=1)
+            del logits  # as large as all else here together
             # The largest probability is no less than 1 / V, so its logarithm is exact enough.
             nll = (highest - grad.amax(1, keepdim=True).log() - chosen).squeeze(1)
             total += torch.where(kept, nll, 0.0).sum()

@@ -58,6 +58,8 @@ class LossModel(nn.Module):
         self.fused = fused and can_fuse(lm)
         self.takes_positions = attention.accepts_positions(lm)
         self.body: Any = lm.base_model
+        embeddings: Any = lm.get_input_embeddings()  # type: ignore[operator]
+        embeddings.register_forward_hook(_to_autocast_type)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Sum of the losses of the batch's targets, fp32 scalar."""
@@ -71,6 +73,14 @@ class LossModel(nn.Module):
             loss: torch.Tensor = linear_cross_entropy(hidden, head.weight, head.bias, targets)
             return loss
         return cross_entropy(self.lm(**arguments).logits.flatten(0, 1), targets)
+
+
+def _to_autocast_type(module: nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
+    """Autocast leaves the stream between the layers in fp32; FSDP's policy, and we, have it in bf16."""
+    device = output.device.type
+    if not torch.is_autocast_enabled(device):
+        return output
+    return output.to(torch.get_autocast_dtype(device))
 
 
 def can_fuse(lm: Any) -> bool:
@@ -109,6 +119,7 @@ def load(config: TrainerConfig, packed: bool) -> Any:
         "attention": training.dropout.attention,
         "feed_forward": training.dropout.feed_forward,
     }
+    dropout.check_reproducible(model_config)
     missing = dropout.set_rates(model_config, rates)
     torch.manual_seed(training.seed)
     lm = AutoModelForCausalLM.from_pretrained(
@@ -119,11 +130,12 @@ def load(config: TrainerConfig, packed: bool) -> Any:
         use_safetensors=True,
     )
     _choose_attention(lm, packed, dropout.active(lm, model_config))
+    if training.method == "LoRA":
+        _add_adapters(lm, training)
+    # After the adapters, so that what is dropped is the sum of both branches.
     layers = decoder_layers(lm)
     dropout.inject(layers, rates, missing)
     dropout.mark_layers(layers)
-    if training.method == "LoRA":
-        _add_adapters(lm, training)
     lm.config.use_cache = False
     return lm
 
