@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from cptjob_trainer import demo, failpoints, forkserver
 from cptjob_trainer.config import (
@@ -158,6 +161,8 @@ def uninterrupted(start: Callable[..., Run]) -> Callable[..., str]:
             assert run.attempt() == [0] * world
             known[world, method] = run.weights()
             run.check(known[world, method])
+            base = (Path(run.config.model.path) / "model.safetensors").read_bytes()
+            assert known[world, method] != hashlib.sha256(base).hexdigest(), "nothing was learnt"
         return known[world, method]
 
     return digest
@@ -207,6 +212,50 @@ def test_killed_again_and_again_the_weights_are_the_same(
         assert run.attempt(failpoint) == [-signal.SIGKILL]
     assert run.attempt() == [0]
     run.check(uninterrupted())
+
+
+def test_a_run_killed_before_its_manifest_leaves_no_older_one_beside_its_model(
+    start: Callable[..., Run],
+) -> None:
+    run = start()
+    assert run.attempt() == [0]
+    run.config = run.config.model_copy(
+        update={
+            "training": run.config.training.model_copy(update={"seed": 1}),
+            "checkpoint": run.config.checkpoint.model_copy(update={"on_mismatch": "StartNew"}),
+        }
+    )
+    run.config.dump(run.config_path)
+    assert run.attempt("output.manifest:1") == [-signal.SIGKILL]
+    assert not (run.output / "manifest.json").exists()
+
+
+def test_a_result_without_adapter_takes_an_older_adapter_away(start: Callable[..., Run]) -> None:
+    run = start(method="LoRA")
+    assert run.attempt() == [0]
+    assert (run.output / "adapter").is_dir()
+    run.config = run.config.model_copy(
+        update={
+            "training": run.config.training.model_copy(update={"method": "Full", "lora": None}),
+            "checkpoint": run.config.checkpoint.model_copy(update={"on_mismatch": "StartNew"}),
+        }
+    )
+    run.config.dump(run.config_path)
+    assert run.attempt() == [0]
+    assert not (run.output / "adapter").exists()
+    files = json.loads((run.output / "manifest.json").read_text())["files"]
+    assert not any(name.startswith("adapter") for name in files)
+
+
+def test_a_lora_run_leaves_the_base_with_its_adapter_merged(start: Callable[..., Run]) -> None:
+    run = start(method="LoRA")
+    assert run.attempt() == [0]
+    base = AutoModelForCausalLM.from_pretrained(run.config.model.path, dtype=torch.float32)
+    merged = PeftModel.from_pretrained(base, str(run.output / "adapter")).merge_and_unload()
+    ours = AutoModelForCausalLM.from_pretrained(run.output / "model", dtype=torch.float32)
+    expected = merged.state_dict()
+    for name, value in ours.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.soak

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from cptjob_trainer.errors import StorageFullError
 from cptjob_trainer.metrics import MetricsLog, flops_per_token, peak_flops, read_metrics
 
 
@@ -50,3 +51,10 @@ def test_flops_count_parameters_and_causal_attention() -> None:
 )
 def test_peaks_are_known_by_the_devices_name(name: str, peak: float | None) -> None:
     assert peak_flops(name) == peak
+
+
+def test_a_full_disk_is_told_as_such(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0)
+    log._file = open("/dev/full", "a")  # noqa: SIM115
+    with pytest.raises(StorageFullError, match="goes on from the last checkpoint"):
+        log.write(step=1, loss=1.0)

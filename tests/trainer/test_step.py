@@ -8,7 +8,7 @@ import torch
 
 from cptjob_trainer import dropout, model
 from cptjob_trainer.config import Dropout, Guards
-from cptjob_trainer.errors import ConfigError
+from cptjob_trainer.errors import ConfigError, Stopped
 from cptjob_trainer.loop import checkpoint_tensors
 
 Build = Callable[..., Any]
@@ -144,3 +144,42 @@ def test_compiled_layers_lose_what_eager_ones_lose(
     eager = run_steps(trainer(path, data, total_steps=3), 3)
     compiled = run_steps(trainer(path, data, total_steps=3, compile="Always"), 3)
     assert compiled == pytest.approx(eager, rel=1e-4)
+
+
+def test_dropout_of_a_lora_run_drops_the_sum_of_both_branches_and_belongs_to_rows(
+    model_dir: Build, rows: Build, trainer: Build, run_steps: Build
+) -> None:
+    path, data = model_dir("llama"), rows(20, 24, 2)
+    settings: dict[str, Any] = {
+        "batch": 4, "total_steps": 4, "lora": {"rank": 4, "dropout": 0.1},
+        "dropout": Dropout(hidden=0.3, feed_forward=0.2),
+    }  # fmt: skip
+    built = trainer(path, data, micro=4, **settings)
+    layer = built.model.lm.model.layers[0].self_attn.o_proj
+    assert layer._forward_hooks
+    assert not layer.base_layer._forward_hooks
+    parts = run_steps(trainer(path, data, micro=1, **settings), 4)
+    assert parts == pytest.approx(run_steps(built, 4), rel=1e-5)
+
+
+def test_a_stop_in_the_middle_of_a_long_step_saves_the_step_before_it(
+    model_dir: Build, rows: Build, trainer: Build
+) -> None:
+    built = trainer(model_dir("llama"), rows(8, 24, 2), batch=4, micro=1)
+    built.checkpoints.open()
+    answers = iter([False, False, True])
+    built.stop_asked = lambda: next(answers)
+    built.warmup_steps = 2
+    before = {n: t.clone() for n, t in checkpoint_tensors(built.model, built.optimizer).items()}
+    with pytest.raises(Stopped, match="stopped after step 0 of"):
+        built.run(None)
+    after = checkpoint_tensors(built.model, built.optimizer)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(parameter.grad is None for parameter in built.parameters)
+
+
+def test_randomness_that_a_restart_cannot_repeat_is_refused_by_name(
+    model_dir: Build, rows: Build, trainer: Build
+) -> None:
+    with pytest.raises(ConfigError, match="layerdrop"):
+        trainer(model_dir("opt", layerdrop=0.1), rows(4, 24, 1))

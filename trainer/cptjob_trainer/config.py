@@ -533,6 +533,9 @@ class TrainerConfig(Strict):
         temporary.replace(target)
 
 
+# Settings of `training` that divide a step's work and leave its result alone.
+DIVISION = ("batch_size_per_device", "activation_checkpointing")
+
 # What says how or where a job runs, not what it makes. `globalBatchSize` is in `training`, so the
 # process counts can go.
 _NOT_DIGESTED: dict[str, Any] = {
@@ -546,6 +549,7 @@ _NOT_DIGESTED: dict[str, Any] = {
     "tracking": True,
     "model": True,
     "datasets": {"__all__": {"uri", "path"}},
+    "training": set(DIVISION),
     "validation": {"datasets": {"__all__": {"uri", "path"}}},
 }
 

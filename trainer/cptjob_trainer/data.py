@@ -35,9 +35,12 @@ class Rows:
         return int((self.targets != IGNORE).sum())
 
     def head(self, tokens: int) -> "Rows":
-        """The first tokens of the first row."""
+        """The first tokens of the first row, each the target of the one before, masked or not."""
         part = (slice(1), slice(tokens))
-        return Rows(self.ids[part], self.positions[part], self.targets[part], self.numbers[:1])
+        ids, positions = self.ids[part], self.positions[part]
+        targets = torch.full_like(ids, IGNORE)
+        targets[:, :-1] = torch.where(positions[:, 1:] > 0, ids[:, 1:], IGNORE)
+        return Rows(ids, positions, targets, self.numbers[:1])
 
 
 @dataclass

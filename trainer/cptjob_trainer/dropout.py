@@ -24,6 +24,8 @@ NAMES = {
     "attention": ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_dropout"),
     "feed_forward": ("activation_dropout", "ffn_dropout", "mlp_dropout"),
 }  # fmt: skip
+# Layers left out at random, and noise on routers: drawn outside F.dropout.
+UNKEYED = ("layerdrop", "decoder_layerdrop", "router_jitter_noise", "input_jitter_noise")
 # Linear layers that end a block, and the one that ends the feed-forward block.
 BLOCK_ENDS = ("o_proj", "down_proj", "out_proj", "c_proj", "fc2", "dense_4h_to_h", "dense")
 FEED_FORWARD_ENDS = ("down_proj", "fc2", "dense_4h_to_h")
@@ -184,13 +186,24 @@ def _drop_input(rate: float) -> Any:
     return hook
 
 
+def check_reproducible(config: Any) -> None:
+    """Refuse randomness that belongs to no row: it could not be drawn again after a restart."""
+    for name in UNKEYED:
+        rate = getattr(config, name, 0)
+        if isinstance(rate, float | int) and rate > 0:
+            raise ConfigError(
+                f"model: its config.json sets {name} to {rate}, randomness that a restart cannot "
+                f"repeat; set {name} to 0 there"
+            )
+
+
 def active(model: torch.nn.Module, config: Any) -> bool:
     """Whether training this model drops anything at all (then its forward pass runs uncompiled)."""
     rates = [getattr(config, name, 0) for names in NAMES.values() for name in names]
     modules = [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)]
     hooked = any(
         m._forward_pre_hooks or m._forward_hooks
-        for m in model.modules()
-        if isinstance(m, torch.nn.Linear)
+        for name, m in model.named_modules()
+        if name.rpartition(".")[2] in BLOCK_ENDS
     )
     return hooked or any(isinstance(r, float | int) and r > 0 for r in [*rates, *modules])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,9 +36,13 @@ class HeldOut:
         return values | {f"heldout/{name}": loss for name, loss in self.by_source.items()}
 
 
-def rows_per_source(total_rows: int, available: int) -> int:
-    """Rows of one held-out source that are used: within the time share, from 8 to 512."""
-    affordable = math.ceil(TIME_SHARE * 1.5 * total_rows)
+def rows_per_source(total_rows: int, available: int, sources: int) -> int:
+    """Rows of one of `sources` held-out sources that are used: within the time share, from 8 to 512.
+
+    Two evaluations of all sources, at a third of the price, fit into the share; a run of few rows
+    takes 8 of each source nevertheless, or the figures would be noise.
+    """
+    affordable = math.ceil(TIME_SHARE * 1.5 * total_rows / sources)
     return min(available, max(ROWS_AT_LEAST, min(ROWS_AT_MOST, affordable)))
 
 
@@ -61,7 +66,9 @@ class Evaluator:
         sharded: bool,
     ) -> None:
         self.sources = [s for s in sources if s.rows() > 0]
-        self.counts = [rows_per_source(total_rows, s.rows()) for s in self.sources]
+        self.counts = [
+            rows_per_source(total_rows, source.rows(), len(self.sources)) for source in self.sources
+        ]
         self.micro_batch, self.max_length, self.pad_id = micro_batch, max_length, pad_id
         self.packed, self.documents = packed, documents
         self.rank, self.world = rank, world
@@ -119,18 +126,24 @@ class Evaluator:
         return HeldOut(by_role, by_source, int(sums[:, 1].sum()))
 
 
-def load_base(path: Path) -> HeldOut | None:
-    """The base model's held-out loss, when an earlier run with the same digest has measured it."""
+def load_base(path: Path) -> tuple[HeldOut, float] | None:
+    """The base model's held-out loss and the seconds it took, when an earlier run measured it."""
     try:
         value = json.loads(path.read_text())
-        return HeldOut(value["byRole"], value["bySource"], value["tokens"])
+        return HeldOut(value["byRole"], value["bySource"], value["tokens"]), value["seconds"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def save_base(path: Path, base: HeldOut) -> None:
+def save_base(path: Path, base: HeldOut, seconds: float) -> None:
     """Keep it beside the prepared data, whole or not at all."""
-    value = {"byRole": base.by_role, "bySource": base.by_source, "tokens": base.tokens}
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value))
-    temporary.replace(path)
+    value = {
+        "byRole": base.by_role,
+        "bySource": base.by_source,
+        "tokens": base.tokens,
+        "seconds": seconds,
+    }
+    # Several pods may share the prepared data, and all of them may be process 1.
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".base-", delete=False) as file:
+        json.dump(value, file)
+    Path(file.name).replace(path)

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -102,7 +102,10 @@ class Trainer:
         rate = self.learning_rate(self.state.step)
         set_learning_rate(self.optimizer, rate)
         loss = torch.zeros((), device=self.runtime.device)
-        for micro in rows.micro_batches:
+        for at, micro in enumerate(rows.micro_batches):
+            if at > 0 and self._any_rank_stops():
+                self.optimizer.zero_grad(set_to_none=True)
+                self._stop()
             batch = to_device(micro, self.runtime.device, self.runtime.documents)
             with dropout.keyed(self.config.training.seed, batch.rows, self.runtime.dropping):
                 with autocast(self.runtime.device, self.runtime.dtype, self.runtime.sharded):
@@ -150,6 +153,14 @@ class Trainer:
             targets, stops > 0, evaluations > 0, {n: count for n, count in named if count}
         )
 
+    def _any_rank_stops(self) -> bool:
+        """Whether to leave a step half-way: long steps must not outlast the grace period."""
+        if self.runtime.world == 1:
+            return self.stop_asked()
+        asked = torch.tensor([int(self.stop_asked())], device=self.runtime.device)
+        dist.all_reduce(asked)
+        return bool(asked.item())
+
     # --- around the step ----------------------------------------------------------------------
 
     def run(self, base: HeldOut | None) -> None:
@@ -187,7 +198,7 @@ class Trainer:
             state.skipped.append(state.step)
             log.warning("step %d: gradients are not finite; its update was skipped", state.step)
         values: dict[str, Any] = {
-            "loss": step.loss,
+            "loss": step.loss if math.isfinite(step.loss) else None,
             "learningRate": step.learning_rate,
             "gradNorm": step.grad_norm if math.isfinite(step.grad_norm) else None,
             "tokens": step_tokens,
@@ -252,7 +263,7 @@ class Trainer:
         log.info("saved step %d in %.2f s (%.1f MB)", saved.step, saved.seconds, saved.bytes / 1e6)
         return saved
 
-    def _stop(self) -> None:
+    def _stop(self) -> NoReturn:
         saved = self.save()
         raise Stopped(
             f"stopped after step {saved.step} of {self.total_steps}, which is saved in "

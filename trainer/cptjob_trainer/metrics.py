@@ -1,10 +1,14 @@
 """`metrics.jsonl`: one line per step or evaluation, of one lineage."""
 
+import errno
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from cptjob_trainer.errors import OutputError, StorageFullError
 
 # Peak bf16 matrix throughput without sparsity, FLOP/s, from NVIDIA's data sheets.
 PEAK_FLOPS = {
@@ -22,6 +26,16 @@ class MetricsLog:
 
     def __init__(self, path: Path, step: int, events: Path | None = None) -> None:
         """`events`: a folder that gets the same numbers as TensorBoard event files."""
+        self._path = path
+        with self._on_disk():
+            self._open(path, step)
+        self._events: Any = None
+        if events is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(events), purge_step=step + 1)
+
+    def _open(self, path: Path, step: int) -> None:
         kept = [line for line in read_metrics(path) if line["step"] <= step]
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")
@@ -29,16 +43,24 @@ class MetricsLog:
             file.writelines(json.dumps(line) + "\n" for line in kept)
         temporary.replace(path)
         self._file = path.open("a")
-        self._events: Any = None
-        if events is not None:
-            from torch.utils.tensorboard import SummaryWriter
 
-            self._events = SummaryWriter(str(events), purge_step=step + 1)
+    @contextmanager
+    def _on_disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise StorageFullError(
+                    f"{self._path}: no space is left; free some and run the same command again: it "
+                    "goes on from the last checkpoint"
+                ) from error
+            raise OutputError(f"{self._path}: cannot be written: {error.strerror}") from error
 
     def write(self, **values: Any) -> None:
         """One line, at once visible to readers."""
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        with self._on_disk():
+            self._file.write(json.dumps(values) + "\n")
+            self._file.flush()
         if self._events is not None:
             for name, number in _scalars(values):
                 self._events.add_scalar(name, number, values["step"])
@@ -46,8 +68,9 @@ class MetricsLog:
     def close(self) -> None:
         if self._events is not None:
             self._events.close()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with self._on_disk():
+            os.fsync(self._file.fileno())
+            self._file.close()
 
 
 def _scalars(values: dict[str, Any], group: str = "train") -> Iterator[tuple[str, float]]:

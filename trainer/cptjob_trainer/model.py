@@ -5,6 +5,7 @@ forward, for only there are the head's weights (often tied to the embedding, bot
 group) gathered.
 """
 
+import contextlib
 import logging
 import os
 import re
@@ -236,8 +237,7 @@ def needs_checkpointing(
     if device.type == "cuda":
         memory: float = torch.cuda.get_device_properties(device).total_memory
     else:
-        local = config.processes.num_proc_per_node
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / local
+        memory = host_memory() / config.processes.num_proc_per_node
     # A tenth is left to logits, buffers and fragmentation.
     needed = states + activations > 0.9 * memory
     if needed:
@@ -245,6 +245,15 @@ def needs_checkpointing(
             "activation checkpointing: on, %.1f GB would not fit", (states + activations) / 1e9
         )
     return needed
+
+
+def host_memory() -> int:
+    """Bytes of memory this process may use: the machine's, or its container's limit."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            return min(machine, int(Path("/sys/fs/cgroup", name).read_text()))
+    return machine
 
 
 def set_activation_checkpointing(lm: nn.Module) -> None:

@@ -120,6 +120,19 @@ def publish_adapter(
     return _publish(out / "adapter", write)
 
 
+def withdraw(out: Path, adapter: bool) -> None:
+    """Before a new result is put in place: what is there is no longer complete.
+
+    The manifest goes first, so that no crash can leave it beside another model. `adapter` says
+    whether the new result has one; otherwise an older one goes too.
+    """
+    with _writing(out):
+        (out / "manifest.json").unlink(missing_ok=True)
+        sync_directory(out)
+        if not adapter and (out / "adapter").exists():
+            shutil.rmtree(out / "adapter")
+
+
 def write_manifest(out: Path, value: Mapping[str, Any]) -> Path:
     """Write `OUT/manifest.json`, last of all: `value`, and each output file's size and SHA-256."""
     path = out / "manifest.json"
@@ -273,6 +286,10 @@ def _merged(
 ) -> dict[str, Callable[[], torch.Tensor]]:
     """A maker for each parameter, with LoRA's pairs merged into theirs."""
     makers: dict[str, Callable[[], torch.Tensor]] = {}
+    adapted = {name.partition(".lora_")[0] for name in state if ".lora_" in name}
+    bare = sorted(module for module in adapted if f"{module}.base_layer.weight" not in state)
+    if bare and not any(f"{module}.weight" in state for module in adapted):
+        raise OutputError(f"adapters without the weights they change: {', '.join(bare[:5])}")
     for name in sorted(state):
         if ".lora_" in name:
             continue

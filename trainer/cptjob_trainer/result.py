@@ -9,7 +9,7 @@ import torch
 
 from cptjob_trainer import failpoints, output
 from cptjob_trainer.checkpoints import software
-from cptjob_trainer.config import TrainerConfig, digest
+from cptjob_trainer.config import DIVISION, TrainerConfig, digest
 from cptjob_trainer.evaluate import HeldOut
 from cptjob_trainer.prepare import Prepared
 from cptjob_trainer.state import LoopState
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 def lineage(config: TrainerConfig, prepared: Prepared) -> dict[str, Any]:
     """What a checkpoint must agree with to be continued, under the names of the manifest."""
     training = config.training
-    values = training.model_dump(mode="json", by_alias=True, exclude={"batch_size_per_device"})
+    values = training.model_dump(mode="json", by_alias=True, exclude=set(DIVISION))
     return {
         "model": prepared.model_fingerprint,
         "data": prepared.data_fingerprint,
@@ -40,14 +40,16 @@ def publish(
 ) -> None:
     """Write model, adapter, report and manifest, the manifest last. Collective.
 
-    weights: the trained parameters by their transformers names, Tensor or DTensor.
+    weights: all parameters, trained or not, by their transformers names, Tensor or DTensor.
     """
     out, model_dir = config.paths.output, Path(config.model.path)
     lora = config.training.lora if config.training.method == "LoRA" else None
     scale = None if lora is None else lora.alpha / lora.rank
+    if rank == 0:
+        output.withdraw(out, adapter=lora is not None)
     output.publish_model(out, model_dir, weights, lora_scale=scale, rank=rank)
     if lora is not None:
-        whole = {name: _whole(tensor) for name, tensor in weights.items()}
+        whole = {n: _whole(tensor) for n, tensor in weights.items() if ".lora_" in n}
         if rank == 0:
             output.publish_adapter(
                 out,

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from cptjob_trainer import model as models
 from cptjob_trainer.checkpoints import Checkpoints
 from cptjob_trainer.config import TrainerConfig
 from cptjob_trainer.data import Batcher, to_device
+from cptjob_trainer.errors import Stopped
 from cptjob_trainer.loop import Runtime, Trainer, checkpoint_tensors
 from cptjob_trainer.metrics import MetricsLog, flops_per_token, peak_flops
 from cptjob_trainer.model import LossModel
@@ -41,15 +42,28 @@ CHECKED_TOKENS = 128
 
 
 class StopFlag:
-    """Set by SIGTERM or SIGINT; the loop looks at it between steps."""
+    """Set by SIGTERM or SIGINT. The loop looks at it; before there is a loop it ends the process."""
 
     def __init__(self) -> None:
         self.asked = False
+        self._heeded = False
         signal.signal(signal.SIGTERM, self._ask)
         signal.signal(signal.SIGINT, self._ask)
 
+    def heed(self) -> None:
+        """From now on somebody looks at `asked`."""
+        self._heeded = True
+        if self.asked:
+            self._end()
+
     def _ask(self, _number: int, _frame: FrameType | None) -> None:
         self.asked = True
+        if not self._heeded:
+            self._end()
+
+    @staticmethod
+    def _end() -> NoReturn:
+        raise Stopped("stopped before a step was trained; the same command goes on from there")
 
 
 def main(config_path: str) -> None:
@@ -174,8 +188,8 @@ def _train(
     for warning in checkpoints.warnings:
         log.warning("%s", warning)
     state = LoopState()
-    base, seconds = _base_losses(evaluator, model, prepared, rank, world, reporter)
-    state.evaluation_seconds = seconds
+    base, evaluation_seconds = _base_losses(evaluator, model, prepared, rank, world, reporter)
+    state.evaluation_seconds = evaluation_seconds
     if resume is not None:
         checkpoints.load(resume, checkpoint_tensors(model, optimizer))
         state = LoopState.from_json(resume.loop_state)
@@ -196,6 +210,7 @@ def _train(
         reporter=reporter,
     )
     reporter.start(state.step, prepared.total_steps)
+    stop.heed()
     trainer.run(base)
     batcher.close()
     _finish(config, prepared, trainer, base)
@@ -257,7 +272,10 @@ def _base_losses(
     world: int,
     reporter: Reporter,
 ) -> tuple[evaluate.HeldOut, float]:
-    """Held-out losses of the untouched model, measured once for this model and data, and the seconds."""
+    """Held-out losses of the untouched model, measured once for this model and data.
+
+    And the seconds that took: what an evaluation costs, by which later ones are rationed.
+    """
     path = prepared.directory / "base-losses.json"
     known = evaluate.load_base(path)
     if world > 1:
@@ -266,13 +284,14 @@ def _base_losses(
         dist.all_reduce(have, op=dist.ReduceOp.MIN)
         known = known if have.item() else None
     if known is not None:
-        return known, 0.0
+        return known
     reporter.phase("Evaluating", "the base model")
     began = time.monotonic()
     base = evaluator.run(model)
+    seconds = time.monotonic() - began
     if rank == 0:
-        evaluate.save_base(path, base)
-    return base, time.monotonic() - began
+        evaluate.save_base(path, base, seconds)
+    return base, seconds
 
 
 def _finish(
@@ -283,7 +302,8 @@ def _finish(
     trainer.reporter.phase("Saving", "the model")
     if trainer.metrics is not None:
         trainer.metrics.close()
-    weights = {name: tensor.detach() for name, tensor in models.trainable(trainer.model)}
+    named = trainer.model.named_parameters()
+    weights = {models.plain_name(name): tensor.detach() for name, tensor in named}
     result.publish(config, prepared, weights, trainer.state, base, runtime.rank, runtime.world)
     if runtime.world > 1:
         dist.barrier()
