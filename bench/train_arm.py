@@ -115,9 +115,9 @@ def _status(field: str) -> int:
 
 
 def _busy_seconds() -> float:
-    """CPU seconds of the whole machine so far, in user and system mode."""
-    user, nice, system = Path("/proc/stat").read_text().split()[1:4]
-    return (int(user) + int(nice) + int(system)) / os.sysconf("SC_CLK_TCK")
+    """CPU seconds of the whole machine so far, and what the host took away from it."""
+    user, nice, system, _, _, _, _, steal, *_ = Path("/proc/stat").read_text().split()[1:]
+    return sum(int(v) for v in (user, nice, system, steal)) / os.sysconf("SC_CLK_TCK")
 
 
 # --- ours -----------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def train_ours(spec: Spec, config: TrainerConfig, prepared: Prepared) -> dict[st
     batcher = make_batcher(config, prepared)
     model = models.LossModel(lm)
     first = to_device(batcher.step(0).micro_batches[0], device, runtime.documents)
-    models.check_loss(model, first, torch.float32)
+    models.check_loss(model, first)
     if training.activation_checkpointing == "Full":
         models.set_activation_checkpointing(lm)
     parameters = sum(p.numel() for p in lm.parameters())

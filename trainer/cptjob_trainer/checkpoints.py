@@ -1,10 +1,9 @@
 """Checkpoints of a run: saved whole or not at all, verified before use, kept as the job asks.
 
     checkpoints/
-      generation-<g>.json                 who took over the run, and from which step
-      (generations.py) step-<N>.<g>/rank-00000.safetensors what each rank holds (dcp_storage.py)
-      step-<N>.<g>/manifest.json          created last, and only once; without it the directory does
-      not count
+      generation-<g>.json             who took over the run, from which step (generations.py)
+      step-<N>.<g>/rank-*.safetensors what each rank holds (dcp_storage.py)
+      step-<N>.<g>/manifest.json      created last and once; without it the directory is nothing
 
 A manifest holds the loop's state, the lineage, and size and digest of every file, under a digest of
 its own.

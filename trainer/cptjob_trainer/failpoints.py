@@ -1,7 +1,7 @@
 """Named points where a test kills the process, so that a crash can be placed exactly.
 
-    CPTJOB_FAILPOINT="checkpoint.before_publish:2"      the second time the point is passed, in any
-    rank CPTJOB_FAILPOINT="checkpoint.write:7:1"             the seventh time, in rank 1 only
+    CPTJOB_FAILPOINT="checkpoint.before_publish:2"   the second time it is passed, in any rank
+    CPTJOB_FAILPOINT="checkpoint.write:7:1"          the seventh time, in rank 1 only
 
 The process is ended with SIGKILL: no handler runs, nothing is flushed, as when a machine is lost.
 A worker that torch elastic has started again (`TORCHELASTIC_RESTART_COUNT` above 0) is left alone,

@@ -17,8 +17,7 @@ class OutputLock:
     process.
 
     The kernel drops the lock when the last holder dies, so a lock file left by a killed run is no
-    hindrance. A forked child holds the lock too, for as long as it lives: while a worker of a
-    killed run still writes, the output counts as busy.
+    hindrance.
     """
 
     def __init__(self, output: Path, uid: str) -> None:

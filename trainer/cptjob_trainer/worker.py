@@ -256,7 +256,7 @@ def _build(
 def _check_loss(model: LossModel, runtime: Runtime, batcher: Batcher) -> None:
     # One short row is enough to tell two losses apart, and costs a big model no time.
     first = batcher.step(0).micro_batches[0].head(CHECKED_TOKENS)
-    models.check_loss(model, to_device(first, runtime.device, runtime.documents), torch.float32)
+    models.check_loss(model, to_device(first, runtime.device, runtime.documents))
     if runtime.world > 1:
         # Each rank looked at rows of its own; all must go the same way.
         verdict = torch.tensor([int(model.fused)], device=runtime.device)
