@@ -1,5 +1,8 @@
 """Rows hold every token of every document once, in order, and say where pieces start."""
 
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cptjob_trainer.errors import ConfigError, DataError
+from cptjob_trainer.errors import ConfigError, CPTJobError, DataError
 from cptjob_trainer.rows import LEAST_PIECE, Layout, Source
 
 BOS, EOS = 1, 2
@@ -143,3 +146,28 @@ def test_missing_tokens_are_named(tmp_path: Path) -> None:
     source.shards[0].unlink()
     with pytest.raises(DataError, match=r"0\.bin: prepared data that is missing"):
         source.row(0)
+
+
+@contextmanager
+def open_files(limit: int) -> Iterator[None]:
+    """Allows this process file numbers below `limit` only."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_more_shards_than_a_process_may_open_files_are_read(tmp_path: Path) -> None:
+    source = source_of(tmp_path, [16] * 1100, Layout(max_length=16, packed=True), shards=1100)
+    with open_files(1024):
+        found = [int(token) for at in range(source.rows()) for token in source.row(at).tokens]
+    assert found == stream_of(source)
+
+
+def test_too_many_open_files_are_not_called_broken_data(tmp_path: Path) -> None:
+    source = source_of(tmp_path, [16] * 4, Layout(max_length=16, packed=True))
+    with open_files(1), pytest.raises(CPTJobError, match="too many files are open") as caught:
+        source.row(0)
+    assert caught.value.retried

@@ -22,7 +22,7 @@ from torch import nn
 from cptjob_trainer import attention, dropout
 from cptjob_trainer.config import ResolvedTraining, TrainerConfig, Training
 from cptjob_trainer.errors import ConfigError
-from cptjob_trainer.loss import IGNORE, cross_entropy, linear_cross_entropy
+from cptjob_trainer.loss import cross_entropy, linear_cross_entropy
 
 log = logging.getLogger(__name__)
 

@@ -9,6 +9,7 @@ corpus: documents.bin, int64 [documents, 3] = (shard, offset in it, length), and
 [rows, 2] = (document, offset in it) where each row starts.
 """
 
+import errno
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -18,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cptjob_trainer.errors import ConfigError, DataError
+from cptjob_trainer.errors import ConfigError, CPTJobError, DataError
 
 DOCUMENT_COLUMNS = 3
 ROW_COLUMNS = 2
@@ -201,24 +202,33 @@ class Source:
         tokens[at + len(prompt) :] = words[at:]
 
 
-@lru_cache(maxsize=256)
+# Each file that is mapped keeps a file open, and a process may open 1024 by default: both caches
+# together stay far below that. To map one anew takes microseconds.
+_MAPPED = 256
+
+
+@lru_cache(maxsize=_MAPPED)
 def _table(path: Path, columns: int) -> Table:
     try:
         return np.memmap(path, dtype=np.int64, mode="r").reshape(-1, columns)
     except (OSError, ValueError) as error:
-        raise _unreadable(path) from error
+        raise _unreadable(path, error) from error
 
 
-# Each open shard costs a mapping, not memory; the limit is far below that of the kernel (65530).
-@lru_cache(maxsize=8192)
+@lru_cache(maxsize=_MAPPED)
 def _tokens(path: Path, dtype: str) -> npt.NDArray[np.integer]:
     try:
         return np.memmap(path, dtype=np.dtype(dtype), mode="r")
     except (OSError, ValueError) as error:
-        raise _unreadable(path) from error
+        raise _unreadable(path, error) from error
 
 
-def _unreadable(path: Path) -> DataError:
+def _unreadable(path: Path, error: OSError | ValueError) -> CPTJobError:
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return CPTJobError(
+            f"{path}: cannot be opened, as too many files are open; raise the limit (ulimit -n) "
+            "and run again"
+        )
     return DataError(
         f"{path}: prepared data that is missing or broken; remove the directory prepared/ of the "
         "output and run again"
