@@ -113,36 +113,53 @@ class ClientLock:
 
     def __init__(self, output: Path) -> None:
         self._output = output
-        self._file: Any = None
+        self._held = contextlib.ExitStack()
 
     def __enter__(self) -> "ClientLock":
         path = self._output / ".client.lock"
-        try:
-            self._output.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a+")
-        except OSError as error:
-            raise OutputError(
-                f"cannot write the output folder {self._output}: {error.strerror}; "
-                "choose another one with --output or change its permissions"
-            ) from error
-        if not _try_lock(self._file.fileno()):
-            raise OutputBusyError(busy_message(self._output, path))
-        self._file.truncate(0)
-        started = datetime.now(UTC).isoformat(timespec="seconds")
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
-        self._file.write(json.dumps(holder))
-        self._file.flush()
+        with contextlib.ExitStack() as opened:
+            descriptor = _open_lock(self._output, path)
+            opened.callback(os.close, descriptor)
+            if not _try_lock(descriptor, path):
+                raise OutputBusyError(busy_message(self._output, path))
+            _sign(descriptor)
+            self._held = opened.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self._held.close()
 
 
-def _try_lock(descriptor: int) -> bool:
+def _open_lock(output: Path, path: Path) -> int:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write the output folder {output}: {error.strerror}; "
+            "choose another one with --output or change its permissions"
+        ) from error
+
+
+def _sign(descriptor: int) -> None:
+    """Tells people who meet the lock whose it is. A full disk is no reason to stop here."""
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    holder = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
+    with contextlib.suppress(OSError):
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+
+
+def _try_lock(descriptor: int, path: Path) -> bool:
+    """False when another process holds the lock. Raises OutputError where there are no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return False
+    except OSError as error:
+        raise OutputError(
+            f"cannot lock {path}: {error.strerror}; put the output on a volume that has file locks"
+        ) from error
     return True
 
 
@@ -166,8 +183,8 @@ def _wait_for_orphan(output: Path, seconds: float, say: Callable[[str], None]) -
         return
     deadline = time.monotonic() + seconds
     said = False
-    with lock.open("r+") as file:
-        while not _try_lock(file.fileno()):
+    with os.fdopen(_open_lock(output, lock), "r+") as file:
+        while not _try_lock(file.fileno(), lock):
             if time.monotonic() > deadline:
                 raise OutputBusyError(busy_message(output, lock))
             if not said:
@@ -230,21 +247,33 @@ class _Run:
     def _without_coordinator(self, code: int) -> Ending:
         """The coordinator ended first: there is nothing to do, or nothing that can be done."""
         trainer = self.processes[TRAINER]
+        grace = self.config.checkpoint.grace_period_seconds + 10.0
+        if code == 0 and (self.directory / _STORE_FILE).exists():
+            # Its launcher has told it how the job ended, and is about to end by itself.
+            self._await(trainer, grace)
+            return self._ending(TRAINER)
         if code != 0:
-            # A launcher that trains asks its workers to save when the store is gone.
-            self._await(trainer, 1.0)
+            # A launcher that trains asks its workers to save as soon as it misses the store. One
+            # that does not train waits for the store for ever, and has to be told.
+            self._ended_within(trainer, 1.0)
         trainer.terminate()
-        self._await(trainer, self.config.checkpoint.grace_period_seconds + 10.0)
+        self._await(trainer, grace)
         return self._ending(COORDINATOR)
 
     def _await(self, process: subprocess.Popen[bytes], seconds: float) -> None:
         """Until the process has ended; it is killed after ``seconds`` or a second Ctrl-C."""
+        if not self._ended_within(process, seconds):
+            process.kill()
+            process.wait()
+
+    def _ended_within(self, process: subprocess.Popen[bytes], seconds: float) -> bool:
+        """Waits for the process; False after ``seconds`` or a second Ctrl-C."""
         deadline = time.monotonic() + seconds
         while process.poll() is None:
             if time.monotonic() > deadline or self.stop.asked > 1:
-                process.kill()
-                process.wait()
+                return False
             time.sleep(0.05)
+        return True
 
     def _ending(self, role: str) -> Ending:
         code = self.processes[role].returncode
@@ -253,8 +282,8 @@ class _Run:
         if self.stop.asked > 1:
             return Ending(KILLED, "stopped at once, without a new checkpoint", self.directory)
         if said is None:
-            message = "" if code == 0 else f"the {role} ended with exit code {code}"
-            return Ending(code, message, self.directory)
+            message = f"the {role} ended with exit code {code}; the same command continues"
+            return Ending(code, message if code else "", self.directory)
         complete = said.get("reason") == "AlreadyComplete"
         return Ending(code, str(said.get("message", "")), self.directory, complete)
 

@@ -1,5 +1,6 @@
 """`cptjob run` with real processes and a stand-in for the training: ends, stops, deaths."""
 
+import errno
 import json
 import os
 import signal
@@ -12,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from cptjob import jobs
+from cptjob import jobs, local
 from cptjob.volumes import Volumes
 from cptjob_trainer.config import digest
+from cptjob_trainer.errors import OutputError
 
 PATIENCE_SECONDS = 90.0
 HERE = Path(__file__).parent
@@ -86,6 +88,14 @@ class Client:
 
     def wait_for(self, name: str) -> None:
         _wait_until(lambda: self.notes(name) == 2, f"both workers note {name}")
+
+
+def _coordinator_of(output: Path) -> int:
+    return next(
+        pid
+        for pid in _processes_of(output)
+        if b"cptjob_trainer.coordinator" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    )
 
 
 @pytest.fixture
@@ -172,6 +182,32 @@ def test_a_killed_client_leaves_no_process_and_the_workers_save(client: Client) 
     client.wait_for("training")
     again.send_signal(signal.SIGTERM)
     assert client.end(again)[0] == 143
+
+
+def test_a_lost_coordinator_leaves_the_workers_the_time_that_their_save_takes(
+    client: Client,
+) -> None:
+    client.name("slow-2")
+    process = client.run()
+    client.wait_for("training")
+    os.kill(_coordinator_of(client.output), signal.SIGKILL)
+    code, _, errors = client.end(process)
+    assert code == 137
+    assert "error: the coordinator ended with exit code 137; the same command continues" in errors
+    assert client.notes("saving") == 2
+    assert client.notes("saved") == 2
+    assert _processes_of(client.output) == []
+
+
+def test_a_folder_without_file_locks_is_not_called_busy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(_descriptor: int, _operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with pytest.raises(OutputError, match="No locks available; put the output on a volume"):
+        local.ClientLock(tmp_path / "out").__enter__()
 
 
 def test_a_second_run_of_the_same_output_is_refused(client: Client) -> None:

@@ -90,6 +90,18 @@ def act_train(run: _Run, _number: int) -> None:
     run.train()
 
 
+def act_slow(run: _Run, seconds: int) -> None:
+    """Its save takes some seconds."""
+    signal.signal(signal.SIGTERM, run.on_signal)
+    run.note("training", str(os.getpid()))
+    while not run.stop:
+        time.sleep(0.02)
+    run.note("saving")
+    time.sleep(seconds)
+    run.note("saved")
+    raise Stopped("saved step 7; the same command continues")
+
+
 def act_deaf(run: _Run, _number: int) -> None:
     """Never saves, whatever it is told."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
