@@ -1,5 +1,6 @@
 """The coordinator with real processes: preparing, the store, progress over HTTP, its end."""
 
+import hashlib
 import json
 import signal
 import urllib.error
@@ -95,16 +96,33 @@ def test_launchers_say_so_when_the_coordinator_is_gone(job: MakeJob) -> None:
 
 def test_a_complete_output_ends_it_without_a_store(job: MakeJob) -> None:
     made = job("ok")
-    (made.output / "model").mkdir()
-    (made.output / "model" / "config.json").write_text("{}")
-    files = {"model/config.json": {"bytes": 2, "sha256": "0"}}
-    manifest = made.output / "manifest.json"
-    manifest.write_text(
-        json.dumps({"digest": digest(made.config, "model", "data"), "files": files})
-    )
+    _finish(made, b"{}", hashlib.sha256(b"{}").hexdigest())
     assert made.end(_coordinate(made))[0] == 0
     assert made.termination().reason == "AlreadyComplete"
     assert not (made.directory / "store.address").exists()
+
+
+def test_an_output_whose_model_was_changed_is_not_complete(job: MakeJob) -> None:
+    made = job("ok")
+    _finish(made, b"[]", hashlib.sha256(b"{}").hexdigest())
+    coordinator = _coordinate(made)
+    launcher = made.start(
+        *("launch", "--store", f"@{made.directory / 'store.address'}"),
+        *("--entrypoint", "standin_worker:main"),
+    )
+    assert made.end(launcher)[0] == 0
+    assert made.end(coordinator)[0] == 0
+    assert made.notes("started") == ["started.0.0", "started.1.0"]
+    assert made.termination() is None, "it did not say that nothing is left to do"
+
+
+def _finish(made: Any, model: bytes, sha256: str) -> None:
+    """Leaves the result of the job, with one file of a model."""
+    (made.output / "model").mkdir()
+    (made.output / "model" / "config.json").write_bytes(model)
+    files = {"model/config.json": {"bytes": len(model), "sha256": sha256}}
+    result = {"digest": digest(made.config, "model", "data"), "files": files}
+    (made.output / "manifest.json").write_text(json.dumps(result))
 
 
 def test_two_launchers_cannot_hold_one_output(job: MakeJob) -> None:

@@ -7,6 +7,7 @@ reported at once.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import signal
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from cptjob_trainer.prepare import Prepared
 
 _POLL_SECONDS = 0.25
+_READ_BYTES = 1 << 24
 #: Name of the file in --address-directory with the address of the HTTP server, and of the store.
 HTTP_FILE = "http.address"
 STORE_FILE = "store.address"
@@ -97,7 +99,7 @@ def _coordinate(options: argparse.Namespace) -> None:
         print(f"warning: {warning}", flush=True)
     _write_file(options, WARNINGS_FILE, "\n".join(prepared.warnings))
     result = digest(config, prepared.model_fingerprint, prepared.data_fingerprint)
-    if _is_complete(config.paths.output, result):
+    if _is_complete(config.paths.output, result, server, lifetime):
         message = f"{config.paths.output} is complete; nothing is left to do"
         print(message, flush=True)
         termination.write(Termination(0, "AlreadyComplete", message, time=time.time()))
@@ -134,15 +136,36 @@ def _prepare(
     return prepared
 
 
-def _is_complete(output: Path, result: str) -> bool:
-    """True when ``output`` holds the whole result of the job that ``result`` stands for."""
+def _is_complete(output: Path, result: str, server: ProgressServer, lifetime: _Lifetime) -> bool:
+    """True when ``output`` holds the whole result of the job that ``result`` stands for.
+
+    Every file is read and digested, however large the model is: "nothing is left to do" is all the
+    person gets to hear, a broken file of the right size would stay unnoticed, and whoever loads the
+    model reads it once as well. Only a job that was done before pays for it; the files of another
+    job, or of another size, are not read.
+    """
     try:
         manifest = json.loads((output / "manifest.json").read_bytes())
-        files = manifest["files"].items()
-        whole = all((output / name).stat().st_size == said["bytes"] for name, said in files)
-        return bool(manifest["digest"] == result) and whole
+        files = {output / name: said for name, said in manifest["files"].items()}
+        if manifest["digest"] != result or any(
+            path.stat().st_size != said["bytes"] for path, said in files.items()
+        ):
+            return False
+        server.update(Progress(phase="Preparing", message="checking the finished model"))
+        return all(_sha256(path, lifetime) == said["sha256"] for path, said in files.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def _sha256(path: Path, lifetime: _Lifetime) -> str:
+    """The file's digest in hex digits. Raises Stopped."""
+    digested = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            if lifetime.stopping:
+                raise Stopped("the coordinator was asked to stop")
+            digested.update(block)
+    return digested.hexdigest()
 
 
 def _write_address(options: argparse.Namespace, name: str, port: int) -> None:
