@@ -19,14 +19,23 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from cptjob_trainer import documents, failpoints, mix, modeldir, tokenizer, tokens
+from cptjob_trainer import (
+    documents,
+    failpoints,
+    lifeline,
+    mix,
+    modeldir,
+    tokenizer,
+    tokens,
+    unfinished,
+)
 from cptjob_trainer.config import DatasetInput, TrainerConfig
 from cptjob_trainer.documents import Chunk
 from cptjob_trainer.errors import (
@@ -203,6 +212,7 @@ class _Preparation:
         inputs = self._inputs()
         with _writing(self.prepared):
             self.prepared.mkdir(parents=True, exist_ok=True)
+            unfinished.remove_leftovers(self.prepared)
             info = tokenizer.load(model.path, self.prepared / "tokenizers")
         prompt = self._prompt(info, model)
         options = Options(self.shards, info, self.config.data.normalize)
@@ -278,7 +288,8 @@ class _Preparation:
                         "finished is kept"
                     )
                 given, chunk = pairs[at]
-                given.shards.append(shard)
+                # Its faults go with those of all; each shard's would grow with the corpus.
+                given.shards.append(replace(shard, faults=()))
                 self.faults.add(chunk.path, lines.get(chunk.path, 0) + 1, shard)
                 lines[chunk.path] = lines.get(chunk.path, 0) + shard.lines
                 at += 1
@@ -361,14 +372,12 @@ class _Preparation:
             except DataError:
                 # Broken by somebody; everything in it can be made again.
                 shutil.rmtree(directory, ignore_errors=True)
-        temporary = self.prepared / f".{whole}.{os.getpid()}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
+        temporary = unfinished.path_in(self.prepared)
         try:
             with _writing(self.prepared):
                 self._write(temporary, inputs, model, info, layout, data, whole)
                 failpoints.hit("prepare.publish")
-                shutil.rmtree(directory, ignore_errors=True)
-                temporary.rename(directory)
+                _publish(temporary, directory)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         return load_prepared(directory)
@@ -564,7 +573,9 @@ class _Trial:
     """attention.packs(model) in a process of its own."""
 
     _PROGRAM = (
-        "import sys; from pathlib import Path; from cptjob_trainer import attention; "
+        "import signal, sys; from cptjob_trainer import lifeline; "
+        "lifeline.follow_parent(signal.SIGKILL) or sys.exit('its parent is gone'); "
+        "from pathlib import Path; from cptjob_trainer import attention; "
         "print('packs', attention.packs(Path(sys.argv[1])))"
     )
 
@@ -575,6 +586,7 @@ class _Trial:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            env={**os.environ, lifeline.PARENT_VARIABLE: str(os.getpid())},
         )
 
     def __enter__(self) -> Self:
@@ -614,10 +626,24 @@ def _write_rows(directory: Path, layout: Layout) -> int:
     return count
 
 
+def _publish(temporary: Path, directory: Path) -> None:
+    """Give a finished directory its name. Another pod may have made the same one in the meantime
+    and read it already, so that one stays if it is whole.
+    """
+    try:
+        temporary.rename(directory)
+    except OSError:
+        try:
+            load_prepared(directory)
+        except DataError:
+            shutil.rmtree(directory, ignore_errors=True)
+            temporary.rename(directory)
+
+
 def _write_json(path: Path, value: Any) -> None:
     """Whole or not at all, and on the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    temporary = unfinished.path_in(path.parent)
+    with temporary.open("x", encoding="utf-8") as file:
         json.dump(value, file, indent=1, ensure_ascii=False)
         file.write("\n")
         file.flush()
