@@ -122,6 +122,11 @@ def _unique_names(datasets: Sequence[Dataset]) -> bool:
     return _unique([each.name for each in datasets])
 
 
+def _names_apart(spec: CPTJobSpec) -> bool:
+    trained = {each.name for each in spec.datasets}
+    return not any(each.name in trained for each in spec.validation.datasets)
+
+
 def _weight_rule(role: Role) -> Rule:
     of_role = f"d.role == '{role}'"
     return Rule(
@@ -195,6 +200,14 @@ RULES: tuple[Rule, ...] = (
         "names must be unique",
         None,
         lambda env: _unique([each.name for each in env]),
+    ),
+    Rule(
+        at="spec",
+        field="validation.datasets",
+        message="a held-out data set needs a name that no training data set has",
+        cel="!has(self.datasets) || !has(self.validation.datasets) || "
+        "self.validation.datasets.all(v, !self.datasets.exists(d, d.name == v.name))",
+        check=_names_apart,
     ),
     _weight_rule("Domain"),
     _weight_rule("General"),

@@ -146,6 +146,17 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
         "must be less than learningRate",
     ),
     (
+        {
+            "spec.datasets": [{"name": "a", "storageUri": "pvc://a"}],
+            "spec.validation.datasets": [
+                {"name": "b", "storageUri": "pvc://b"},
+                {"name": "a", "storageUri": "pvc://c"},
+            ],
+        },
+        "spec.validation.datasets",
+        "a held-out data set needs a name that no training data set has",
+    ),
+    (
         {"spec.training.sifting": {"mode": "Unbiased", "betaValue": 1}},
         "spec.training.sifting.betaValue",
         "mode Unbiased needs a betaValue below 1",
@@ -227,6 +238,9 @@ ANY_SPEC = st.fixed_dictionaries(
             ),
             max_size=4,
         ).map(lambda many: [{"name": f"d{n}"} | each for n, each in enumerate(many)]),
+        "validation": st.lists(st.integers(0, 9), max_size=2, unique=True).map(
+            lambda many: {"datasets": [{"name": f"d{n}", "storageUri": "pvc://v"} for n in many]}
+        ),
         "trainer": st.fixed_dictionaries({}, optional={"numNodes": SMALL}),
         "elasticPolicy": st.fixed_dictionaries({}, optional={"minNodes": SMALL, "maxNodes": SMALL}),
         "scheduling": st.fixed_dictionaries(
