@@ -6,9 +6,11 @@ from pathlib import Path
 
 from cptjob.volumes import Volumes
 from cptjob_api.facts import ModelFacts
+from cptjob_api.fields import instances, parts, show
 from cptjob_api.job import CPTJob
 from cptjob_api.manifest import Manifest, load_manifest
 from cptjob_api.resolve import Resolved, resolve, trainer_config
+from cptjob_api.spec import CPTJobSpec, Model
 from cptjob_api.unsupported import unsupported
 from cptjob_trainer.config import Processes, TrainerConfig
 from cptjob_trainer.errors import ConfigError, DataError, MissingInputError
@@ -90,10 +92,40 @@ def local_uid(name: str) -> str:
     return str(uuid.uuid5(uuid.NAMESPACE_URL, f"cptjob:local/{name}"))
 
 
+# What of `spec` only a cluster heeds: secrets, pods and their places, the operator's deadlines.
+CLUSTER_ONLY = (
+    "model.secretRef",
+    "datasets[].secretRef",
+    "validation.datasets[].secretRef",
+    "trainer.image",
+    "trainer.imagePullSecrets",
+    "trainer.secretRefs",
+    "trainer.serviceAccountName",
+    "scheduling",
+    "failurePolicy",
+    "activeDeadlineSeconds",
+    "startupDeadlineSeconds",
+    "ttlSecondsAfterFinished",
+    "managedBy",
+)
+
+
+def _passed_over(job: CPTJob) -> list[str]:
+    """Fields of CLUSTER_ONLY that a job sets to something else than their default."""
+    bare = CPTJobSpec(model=Model(storage_uri="pvc://none"))
+    return [
+        show(("spec", *path))
+        for place in CLUSTER_ONLY
+        for path, value in instances(job.spec, parts(place))
+        if (path, value) not in list(instances(bare, parts(place)))
+    ]
+
+
 def _notes(manifest: Manifest, job: CPTJob) -> tuple[str, ...]:
     notes = list(manifest.notes)
-    if job.spec.trainer.secret_refs:
-        notes.append("spec.trainer.secretRefs: secrets are not read in a local run")
+    passed_over = _passed_over(job)
+    if passed_over:
+        notes.append(f"a local run passes over what only a cluster heeds: {', '.join(passed_over)}")
     if job.spec.suspend:
         notes.append("spec.suspend: has no meaning in a local run; the job runs")
     return tuple(notes)

@@ -117,3 +117,20 @@ def test_a_broken_model_is_refused_by_the_trainer_in_one_line(cptjob: Cli, place
     assert "pytorch_model.bin: weights" in errors[0]
     assert "Traceback" not in done.stderr
     assert not (place / "out" / "model").exists()
+
+
+def test_what_only_a_cluster_heeds_is_named_in_one_note(cptjob: Cli, place: Path) -> None:
+    manifest = place / "job.yaml"
+    assert "note:" not in cptjob("estimate", "job.yaml").stderr
+    text = manifest.read_text().replace(
+        'datasets:\n    - {name: law, storageUri: "pvc://data/law"}',
+        'datasets:\n    - {name: law, storageUri: "pvc://data/law", secretRef: {name: key}}',
+    )
+    policies = "activeDeadlineSeconds: 60\n  failurePolicy: {maxRestarts: 1}\n"
+    manifest.write_text(f"{text}  {policies}  ttlSecondsAfterFinished: 0\n")
+    done = cptjob("estimate", "job.yaml")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == (
+        "note: a local run passes over what only a cluster heeds: spec.datasets[0].secretRef, "
+        "spec.failurePolicy, spec.activeDeadlineSeconds, spec.ttlSecondsAfterFinished\n"
+    )
