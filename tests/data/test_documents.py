@@ -207,3 +207,13 @@ def test_line_numbers_count_over_chunks_and_processes(
         '{"text": "..."}')
         for line in (4, 42, 60)
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("rest", [{}, {"text": "a"}])
+def test_a_strange_name_of_a_field_is_shown_short_and_harmless(rest: dict[str, str]) -> None:
+    name = "\x1b[31mred\n\u202e\u009b" + "x" * 5000
+    message = documents.problem(json.dumps({name: 1, **rest}).encode())
+    assert '"\\x1b[31mred\\n\\u202e\\x9b' in message
+    assert "xxx..." in message
+    assert message.isprintable()
+    assert len(message) < 250

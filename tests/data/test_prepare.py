@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from cptjob_trainer import documents, tokens
+from cptjob_trainer import documents, failpoints, tokens
 from cptjob_trainer.config import Data, TrainerConfig
 from cptjob_trainer.errors import (
     ConfigError,
@@ -25,7 +25,7 @@ from cptjob_trainer.errors import (
     Stopped,
     StorageFullError,
 )
-from cptjob_trainer.prepare import Prepared, check, load_prepared, main, prepare
+from cptjob_trainer.prepare import Prepared, _Preparation, check, load_prepared, main, prepare
 from cptjob_trainer.rows import Source
 
 Job = Callable[..., TrainerConfig]
@@ -596,6 +596,33 @@ def test_without_a_template_for_it_the_prompt_is_a_plain_prefix(
     assert bool(warning) == any(str(warning) in said for said in prepared.warnings)
 
 
+def test_pods_with_one_process_number_prepare_side_by_side(
+    tmp_path: Path, make: SimpleNamespace, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two pods share `prepared` and both are process 1: the other one starts and ends here while
+    this one is about to publish.
+    """
+    path = make.texts(tmp_path / "data.jsonl", make.sentences(50))
+    config = job(path)
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    seen: list[tuple[Prepared, int]] = []
+
+    def interrupt(name: str) -> None:
+        if name == "prepare.publish" and not seen:
+            seen.append((other := prepare_again(), other.directory.stat().st_ino))
+
+    def prepare_again() -> Prepared:
+        monkeypatch.setattr(failpoints, "hit", lambda _: None)
+        return prepare(config, packs=packs)
+
+    monkeypatch.setattr(failpoints, "hit", interrupt)
+    mine = prepare(config, packs=packs)
+    other, number = seen[0]
+    assert mine == other
+    assert mine.directory.stat().st_ino == number, "what the other one reads is left alone"
+    assert not list(config.paths.prepared.glob(".*"))
+
+
 # --- memory and the command ------------------------------------------------------------------------
 
 MEASURED = """
@@ -630,6 +657,22 @@ def test_memory_does_not_grow_with_the_corpus(
     (few, small), (many, large) = figures
     assert many > 7 * few
     assert large - small < 12 << 20
+
+
+def test_faults_are_kept_up_to_a_limit_in_all_and_counted_beyond(
+    tmp_path: Path, make: SimpleNamespace, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "CHUNK", 300)
+    path = make.lines(tmp_path / "data.jsonl", ["[]"] * 5000)
+    work = _Preparation(job(path), lambda what, done, total: None, lambda: False, 1, packs)
+    inputs = work._inputs()
+    work._process(inputs, tokens.Options(None, None), "Validating")
+    assert len(inputs[0].shards) > 40
+    assert not any(shard.faults for shard in inputs[0].shards)
+    assert len(work.faults.lines) == 200
+    assert work.faults.bad_lines == 5000
+    with pytest.raises(DataError, match=r"the data has 5000 faults(.|\n)*and 4980 more"):
+        work._raise_faults(inputs)
 
 
 def test_the_command_prepares_checks_and_exits_with_the_fault_code(

@@ -29,6 +29,8 @@ CHUNK = 8 << 20
 LARGE_FILE, LARGE_CHUNK = 2 << 30, 64 << 20
 
 _BLOCK = 1 << 20
+# Characters of a field's name that a message shows.
+_SHOWN_NAME = 80
 _EXAMPLE = '{"text": "..."}'
 
 _MAGIC = {
@@ -238,16 +240,28 @@ def _value_problem(value: object, line: bytes) -> str:
         return f"is {_kind(value)}, not an object; each line must be one object {_EXAMPLE}"
     further = [name for name in value if name != "text"]
     if "text" not in value:
-        names = ", ".join(f'"{name}"' for name in further[:3]) or "no field at all"
+        names = _shown(further) or "no field at all"
         return f'field "text" is missing (there is {names}); each line must be {_EXAMPLE}'
     if further:
-        names = ", ".join(f'"{name}"' for name in further[:3])
-        return f'has a further field {names}; keep "text" only'
+        return f'has a further field {_shown(further)}; keep "text" only'
     if not isinstance(value["text"], str):
         return f'"text" is {_kind(value["text"])}, not a string'
     if not value["text"].strip():
         return '"text" is empty or only white space; remove the line'
     return 'has the field "text" more than once; keep one'
+
+
+def _shown(names: list[str]) -> str:
+    """The first names of fields, short and without characters that a terminal acts upon."""
+    return ", ".join(f'"{_printable(name)}"' for name in names[:3])
+
+
+def _printable(name: str) -> str:
+    cut = "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode()
+        for each in name[:_SHOWN_NAME]
+    )
+    return cut if len(name) <= _SHOWN_NAME else f"{cut}..."
 
 
 def _repeated(line: bytes) -> bool:

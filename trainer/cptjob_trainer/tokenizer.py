@@ -13,6 +13,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from cptjob_trainer import unfinished
 from cptjob_trainer.errors import DataError, MissingInputError
 
 # Files that a slow tokenizer may consist of.
@@ -151,7 +152,7 @@ def _converted(model: Path, target: Path) -> Path:
             f"({error}); save the model with a fast tokenizer"
         ) from error
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_suffix(".tmp")
+    temporary = unfinished.path_in(target.parent)
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(target)
     return target

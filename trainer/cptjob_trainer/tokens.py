@@ -15,8 +15,6 @@ import json
 import os
 import shutil
 import signal
-import socket
-import tempfile
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -30,7 +28,7 @@ from typing import Literal, Self
 import numpy as np
 import numpy.typing as npt
 
-from cptjob_trainer import documents, failpoints, lifeline
+from cptjob_trainer import documents, failpoints, lifeline, unfinished
 from cptjob_trainer.documents import Chunk
 from cptjob_trainer.encoder import Encoder
 from cptjob_trainer.errors import CPTJobError, DataError, OutputError, StorageFullError
@@ -184,9 +182,8 @@ class _Faults:
 
 def _written(chunk: Chunk, options: Options, key: str, target: Path) -> Shard:
     """Tokenise into a directory of another name, then give it its own."""
-    temporary = Path(
-        tempfile.mkdtemp(prefix=f".{socket.gethostname()}.{os.getpid()}.", dir=target.parent)
-    )
+    temporary = unfinished.path_in(target.parent)
+    temporary.mkdir()
     try:
         shard = _tokenised(chunk, options, key, temporary)
         if target.exists():
@@ -279,7 +276,7 @@ def process_all(
     """
     if options.directory is not None:
         options.directory.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(options.directory)
+        unfinished.remove_leftovers(options.directory)
     processes = processes or len(os.sched_getaffinity(0))
     if processes == 1 or sum(chunk.size for chunk in chunks) < _ALONE:
         for chunk in chunks:
@@ -349,14 +346,3 @@ def _enter_worker(parent: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if not lifeline.signal_on_parent_death(signal.SIGKILL, parent):
         os._exit(1)
-
-
-def _remove_leftovers(directory: Path) -> None:
-    """Unfinished shards of processes of this machine that are dead."""
-    prefix = f".{socket.gethostname()}."
-    for entry in directory.iterdir():
-        if not entry.name.startswith(prefix):
-            continue
-        process_id = entry.name[len(prefix) :].partition(".")[0]
-        if not process_id.isdigit() or not Path(f"/proc/{process_id}").exists():
-            shutil.rmtree(entry, ignore_errors=True)
