@@ -12,7 +12,6 @@ It is made for CPUs and runs anywhere. It is a custom operator because the borde
 batch: compiled code calls it as it is.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -39,22 +38,30 @@ class _Block:
 
 def _blocks(
     query: torch.Tensor, key: torch.Tensor, borders: torch.Tensor, window: int
-) -> Iterator[_Block]:
+) -> tuple[_Block, ...]:
     """The blocks of query [b, H, T, d] over key [b, K, T, d]; for the rest see `document_attention`."""
-    batch, heads, length, _ = query.shape
-    begins = torch.repeat_interleave(borders[:-1], borders.diff()).view(batch, length) % length
+    step = max(GRID, BLOCK // (query.shape[1] // key.shape[1]))
+    return _lay_out(tuple(borders.tolist()), query.shape[2], step, window, query.device)
+
+
+@lru_cache(maxsize=4)  # every layer asks for the same ones, forward and backward
+def _lay_out(
+    borders: tuple[int, ...], length: int, step: int, window: int, device: torch.device
+) -> tuple[_Block, ...]:
+    flat = torch.tensor(borders)
+    begins = torch.repeat_interleave(flat[:-1], flat.diff()).view(-1, length) % length
     # The first key that a query sees; it never goes back along the row.
-    nearest = torch.arange(1 - window, length + 1 - window) if window else torch.zeros(length)
-    lowest = begins.maximum(nearest.to(begins.dtype))
-    step = max(GRID, BLOCK // (heads // key.shape[1]))
+    nearest = torch.arange(length) - window + 1 if window else torch.zeros_like(begins)
+    lowest = begins.maximum(nearest)
+    blocks = []
     for row, bounds in enumerate(lowest.tolist()):
         for start in range(0, length, step):
             end = min(start + step, length)
             first = bounds[start] // GRID * GRID
-            keys = torch.arange(first, bounds[end - 1])
-            before = keys < lowest[row, start:end].unsqueeze(1)
+            before = torch.arange(first, bounds[end - 1]) < lowest[row, start:end].unsqueeze(1)
             unseen = torch.zeros(before.shape).masked_fill_(before, float("-inf"))
-            yield _Block(row, start, end, first, unseen.to(query.device))
+            blocks.append(_Block(row, start, end, first, unseen.to(device)))
+    return tuple(blocks)
 
 
 @lru_cache(maxsize=4)
