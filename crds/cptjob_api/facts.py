@@ -6,18 +6,9 @@ from typing import Any, Self
 
 from pydantic import Field
 
+from cptjob_trainer import model_config, safetensors_header
 from cptjob_trainer.config import Strict
 from cptjob_trainer.errors import DataError, Fault, MissingInputError
-
-# The names that architectures use for the number of positions, in the order they are tried.
-_POSITIONS = (
-    "max_position_embeddings",
-    "n_positions",
-    "max_seq_len",
-    "max_sequence_length",
-    "n_ctx",
-    "seq_length",
-)
 
 
 class ModelFacts(Strict):
@@ -32,14 +23,10 @@ class ModelFacts(Strict):
     @classmethod
     def from_config(cls, config: dict[str, Any], parameters: int | None = None) -> Self:
         """From the contents of a model's config.json."""
-        inner = config.get("text_config")
-        text = inner if isinstance(inner, dict) else config
-        found = (text.get(name) for name in _POSITIONS)
-        positions = next((n for n in found if isinstance(n, int) and n > 0), None)
         model_type = config.get("model_type")
         return cls(
             model_type=model_type if isinstance(model_type, str) else "",
-            max_positions=positions,
+            max_positions=model_config.max_positions(config),
             parameters=parameters,
         )
 
@@ -66,23 +53,9 @@ def _parameters(directory: Path) -> int | None:
     total = 0
     for file in sorted(directory.glob("*.safetensors")):
         try:
-            total += _in_header(file)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            with file.open("rb") as stream:
+                header = safetensors_header.read(stream)
+        except (OSError, ValueError):
             return None  # prepare says what is wrong with the file
+        total += sum(tensor.numbers for tensor in header.tensors)
     return total or None
-
-
-def _in_header(file: Path) -> int:
-    with file.open("rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        if size > 100_000_000:
-            raise ValueError("no safetensors header is that long")
-        header = json.loads(stream.read(size))
-    return sum(_product(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-
-
-def _product(shape: list[int]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product

@@ -10,8 +10,13 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from cptjob_api.facts import ModelFacts
+from cptjob_trainer import safetensors_header
 from cptjob_trainer.errors import CPTJobError, DataError, MissingInputError
 from cptjob_trainer.modeldir import check_model
 
@@ -275,3 +280,41 @@ def test_of_a_large_file_every_tensor_counts(model: Path, monkeypatch: pytest.Mo
 def test_a_model_without_architectures_is_known_by_its_type(model: Path) -> None:
     set_config(model, architectures=None, model_type="gpt2")
     assert check_model(model).architecture == "GPT2LMHeadModel"
+
+
+POSITIONS = st.dictionaries(
+    st.sampled_from(
+        [
+            *("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_seq_length"),
+            *("seq_length", "max_sequence_length"),
+        ]
+    ),
+    st.integers(1, 9999) | st.none(),
+    max_size=3,
+)
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(outer=POSITIONS, inner=POSITIONS)
+def test_the_client_reads_the_same_facts_as_prepare(
+    outer: dict[str, int | None], inner: dict[str, int | None], model: Path
+) -> None:
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 99}
+    whole = config | outer | {"text_config": inner}
+    (model / "config.json").write_text(json.dumps(whole))
+    info, facts = check_model(model), ModelFacts.from_directory(model)
+    assert (facts.max_positions, facts.parameters) == (info.max_positions, info.parameters)
+
+
+def test_a_header_is_read_with_places_in_the_file(model: Path) -> None:
+    with (model / WEIGHTS).open("rb") as file:
+        header = safetensors_header.read(file)
+        for tensor in header.tensors:
+            file.seek(tensor.start)
+            with safe_open(model / WEIGHTS, "np") as opened:
+                assert (
+                    file.read(tensor.end - tensor.start) == opened.get_tensor(tensor.name).tobytes()
+                )
+    assert header.needed == header.size

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Final, cast
+from typing import Any, BinaryIO, Final
 
 import torch
 from safetensors import safe_open
@@ -44,9 +44,8 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
-from typing_extensions import Buffer
 
-from cptjob_trainer import failpoints
+from cptjob_trainer import failpoints, safetensors_header
 
 DTYPES: Final = {
     torch.float64: "F64",
@@ -173,7 +172,7 @@ def file_digest(path: Path) -> FileDigest:
 
 def _bytes_of(value: torch.Tensor) -> memoryview:
     plain = value.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(cast(Buffer, plain.numpy()))
+    return plain.numpy().data
 
 
 def key_of(fqn: str, offsets: Sequence[int], sizes: Sequence[int], shape: Sequence[int]) -> str:
@@ -411,13 +410,18 @@ def _tensor_metadata(tensor: dict[str, Any]) -> TensorStorageMetadata:
 
 
 def read_header(file: BinaryIO) -> dict[str, Any]:
-    """Name -> {dtype, shape, data_offsets} of a safetensors file, offsets counted from its start."""
-    length = int.from_bytes(file.read(8), "little")
-    table: dict[str, Any] = json.loads(file.read(length))
-    table.pop("__metadata__", None)
-    for tensor in table.values():
-        tensor["data_offsets"] = [8 + length + offset for offset in tensor["data_offsets"]]
-    return table
+    """Name -> {dtype, shape, data_offsets} of a safetensors file, offsets counted from its start.
+
+    Raises ValueError when the header is broken.
+    """
+    return {
+        tensor.name: {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [tensor.start, tensor.end],
+        }
+        for tensor in safetensors_header.read(file).tensors
+    }
 
 
 def _read(

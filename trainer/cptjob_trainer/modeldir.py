@@ -10,20 +10,17 @@ import importlib.util
 import json
 import os
 import stat
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from cptjob_trainer import tokenizer
+from cptjob_trainer import model_config, safetensors_header, tokenizer
 from cptjob_trainer.errors import ConfigError, DataError, MissingInputError
+from cptjob_trainer.safetensors_header import ForeignFileError, Header, Tensor
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-
-# Far above any real header; a wrong first eight bytes give a huge number.
-_MAX_HEADER = 100 << 20
 
 # How much of each tensor goes into the fingerprint, at its start, its middle and its end.
 _SAMPLE = 1024
@@ -57,36 +54,7 @@ _COMPRESSED = {
     b"Rar!": "rar",
 }
 
-# Bytes per number, of the types whose size is checked.
-_ITEM_SIZES = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "I8": 1,
-    "U64": 8,
-    "U32": 4,
-    "U16": 2,
-    "U8": 1,
-    "BOOL": 1,
-}
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-# Where a configuration says how many positions the model has.
-_POSITIONS = (
-    "max_position_embeddings",
-    "n_positions",
-    "n_ctx",
-    "max_seq_len",
-    "max_seq_length",
-    "seq_length",
-    "max_sequence_length",
-)
 
 
 @dataclass(frozen=True)
@@ -126,8 +94,8 @@ def check_model(path: Path) -> ModelInfo:
         files=files,
         parameters=sum(counts.values()),
         dtype=_DTYPES.get(main_type, main_type),
-        max_positions=_first_number(config, _POSITIONS),
-        vocab_size=_first_number(config, ("vocab_size",)),
+        max_positions=model_config.max_positions(config),
+        vocab_size=model_config.vocab_size(config),
         fingerprint=_fingerprint(path, headers),
         tokenizer_fingerprint=tokenizer.fingerprint(path),
     )
@@ -306,17 +274,6 @@ def causal_lm_classes() -> dict[str, tuple[str, ...]]:
     raise ConfigError(f"{source}: names no causal language models; install another transformers")
 
 
-def _first_number(config: dict[str, Any], names: tuple[str, ...]) -> int | None:
-    """The first of `names` in the configuration, or in the part of it that is about text."""
-    inner = config.get("text_config")
-    for part in (config, inner if isinstance(inner, dict) else {}):
-        for name in names:
-            value = part.get(name)
-            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-                return value
-    return None
-
-
 # --- weights -----------------------------------------------------------------------------------------
 
 
@@ -368,51 +325,25 @@ def _weight_map(path: Path) -> dict[str, str]:
     return weights
 
 
-@dataclass(frozen=True)
-class _Tensor:
-    name: str
-    dtype: str
-    numbers: int
-    start: int
-    end: int
-
-
-@dataclass(frozen=True)
-class _Header:
-    """A safetensors header: its bytes, where the data starts, and the tensors."""
-
-    raw: bytes
-    data: int
-    size: int
-    tensors: tuple[_Tensor, ...]
-
-
-def _header(path: Path) -> _Header:
-    """Read and check the header of a safetensors file: eight bytes of length, then JSON."""
+def _header(path: Path) -> Header:
+    """Read and check the header of a safetensors file."""
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            first = file.read(8)
-            length = int.from_bytes(first, "little")
-            raw = file.read(length) if 2 <= length <= min(_MAX_HEADER, size) else b""
+            header = safetensors_header.read(file)
     except OSError as error:
         raise MissingInputError(
             f"{path}: cannot be read: {error.strerror}; check its permissions"
         ) from error
-    if len(raw) != length or not raw.startswith(b"{"):
-        raise DataError(f"{path}: {_not_safetensors(first, size)}")
-    try:
-        tensors = tuple(_tensors(json.loads(raw)))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except ForeignFileError as error:
+        raise DataError(f"{path}: {_not_safetensors(_head(path), path.stat().st_size)}") from error
+    except ValueError as error:
         raise DataError(f"{path}: the safetensors header is broken; copy the file again") from error
-    data = 8 + length
-    end = max((tensor.end for tensor in tensors), default=0)
-    if data + end > size:
+    if header.needed > header.size:
         raise DataError(
-            f"{path}: the file is truncated: {size} bytes, its header speaks of {data + end}; "
-            "copy it again"
+            f"{path}: the file is truncated: {header.size} bytes, its header speaks of "
+            f"{header.needed}; copy it again"
         )
-    return _Header(raw, data, size, tensors)
+    return header
 
 
 def _not_safetensors(first: bytes, size: int) -> str:
@@ -426,22 +357,7 @@ def _not_safetensors(first: bytes, size: int) -> str:
     return "not a safetensors file, truncated or encrypted; copy or decrypt it"
 
 
-def _tensors(header: dict[str, Any]) -> Iterator[_Tensor]:
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        numbers = 1
-        for size in entry["shape"]:
-            numbers *= int(size)
-        start, end = (int(at) for at in entry["data_offsets"])
-        dtype = str(entry["dtype"])
-        fits = dtype not in _ITEM_SIZES or end - start == numbers * _ITEM_SIZES[dtype]
-        if not 0 <= start <= end or not fits:
-            raise ValueError(name)
-        yield _Tensor(name, dtype, numbers, start, end)
-
-
-def _check_index(path: Path, names: list[str], headers: dict[Path, _Header]) -> None:
+def _check_index(path: Path, names: list[str], headers: dict[Path, Header]) -> None:
     if INDEX not in names:
         return
     present = {file.name: {t.name for t in header.tensors} for file, header in headers.items()}
@@ -464,7 +380,7 @@ def _numbers_by_type(headers: Any) -> dict[str, int]:
 # --- the fingerprint ---------------------------------------------------------------------------------
 
 
-def _fingerprint(path: Path, headers: dict[Path, _Header]) -> str:
+def _fingerprint(path: Path, headers: dict[Path, Header]) -> str:
     """Tells one model from another: configuration, and of each file of weights size, header and data.
 
     Small files are digested whole. Of a larger one, the start, middle and end of each tensor are: to
@@ -486,10 +402,10 @@ def _fingerprint(path: Path, headers: dict[Path, _Header]) -> str:
                 continue
             for tensor in header.tensors:
                 for at in _samples(tensor):
-                    digest.update(os.pread(opened.fileno(), _SAMPLE, header.data + at))
+                    digest.update(os.pread(opened.fileno(), _SAMPLE, at))
     return digest.hexdigest()[:32]
 
 
-def _samples(tensor: _Tensor) -> list[int]:
+def _samples(tensor: Tensor) -> list[int]:
     middle = (tensor.start + tensor.end) // 2
     return sorted({tensor.start, middle, max(tensor.start, tensor.end - _SAMPLE)})
