@@ -15,10 +15,9 @@ from typing import Any
 
 import jinja2
 import numpy as np
-from markupsafe import Markup
 
 from cptjob_trainer.errors import MissingInputError, OutputError, StorageFullError
-from cptjob_trainer.plots import Plot, data_wait_share, plots, scientific, short
+from cptjob_trainer.plots import data_wait_share, plots, scientific, short
 from cptjob_trainer.record import ROLES, Column, Record, read_record
 from cptjob_trainer.termination import guard
 
@@ -84,18 +83,12 @@ def page(record: Record) -> str:
         record=record,
         tiles=_tiles(record),
         plots=plots(record),
-        drawing=_drawing,
         settings=_flat(record.settings),
         software=_flat(record.software),
         sources=_sources(record),
         heldout=_held_out(record),
         numbers=_numbers(record),
     )
-
-
-def _drawing(plot: Plot) -> Markup:
-    # The only text that is not escaped: matplotlib's, which holds numbers and our own words.
-    return Markup(plot.svg)
 
 
 def _write(path: Path, text: str) -> Path:
