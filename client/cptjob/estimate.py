@@ -7,22 +7,21 @@ are rules of thumb and are shown with their parts, so that a person can judge th
 import json
 import math
 import statistics
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cptjob.live import duration, si
 from cptjob_api.facts import ModelFacts
+from cptjob_trainer import request, shares
 from cptjob_trainer.config import DatasetInput, TrainerConfig
 from cptjob_trainer.errors import DataError, MissingInputError, UsageError
+from cptjob_trainer.shares import Share
 
 # English text under a vocabulary of 32k to 128k; other languages and small vocabularies have less.
 BYTES_PER_TOKEN = 4.0
 # Part of the peak that training reaches on a GPU without tuning.
 DEFAULT_MFU = 0.35
-# Part of all tokens that General data gets when no weight is given.
-GENERAL_SHARE = 0.05
 
 GIB = 1 << 30
 # Loss is taken over pieces of the rows of which the logits fit in this.
@@ -84,7 +83,6 @@ class Shape:
 class Rows:
     """Rows of a job and where the number comes from."""
 
-    domain: float
     total: int
     tokens_are_counted: bool
 
@@ -144,8 +142,7 @@ def estimate(
     training = config.training
     shape = Shape.read(config.model.path)
     rows = count_rows(config)
-    steps = math.ceil(rows.total / training.global_batch_size)
-    steps = min(steps, training.max_steps or steps)
+    steps = shares.steps(rows.total, training.global_batch_size, training.max_steps)
     devices = config.processes.world_size
     return Estimate(
         shape=shape,
@@ -162,64 +159,39 @@ def estimate(
 
 
 def count_rows(config: TrainerConfig) -> Rows:
-    """Rows of all epochs, General text included."""
-    prepared = _prepared(config)
-    if prepared is not None:
-        domain = sum(entry["rows"] for entry in prepared["sources"] if entry["role"] == "Domain")
-        return Rows(domain, int(prepared["totalRows"]), tokens_are_counted=True)
-    length = config.training.max_length
-    kept = 1.0 - config.validation.split_percent / 100.0
-    domain = kept * sum(
-        _tokens(dataset) / length for dataset in config.datasets if dataset.role == "Domain"
-    )
-    total = config.training.epochs * domain / (1.0 - general_share(config.datasets))
-    return Rows(domain, math.ceil(total), tokens_are_counted=False)
+    """Rows of all epochs, General text included, by the arithmetic of the training."""
+    counted = _prepared(config)
+    rows = counted or [_guess(config, dataset) for dataset in config.datasets]
+    sources = [
+        Share(dataset.name, dataset.role == "General", number, dataset.weight)
+        for dataset, number in zip(config.datasets, rows, strict=True)
+    ]
+    total = sum(shares.quotas(sources, config.training.epochs))
+    return Rows(total, tokens_are_counted=counted is not None)
 
 
-def general_share(datasets: Sequence[DatasetInput]) -> float:
-    """Part of all rows that General data gets."""
-    general = [dataset for dataset in datasets if dataset.role == "General"]
-    weights = [dataset.weight for dataset in general if dataset.weight is not None]
-    if not general:
-        return 0.0
-    return sum(weights) if weights else GENERAL_SHARE
+def _guess(config: TrainerConfig, dataset: DatasetInput) -> int:
+    """Rows of a data set from the size of its files; a split takes its part of each."""
+    size = sum(file.stat().st_size for file in request.files(dataset.path))
+    given = {held_out.role for held_out in config.validation.datasets}
+    held_out = 0.0 if dataset.role in given else config.validation.split_percent / 100
+    tokens = (1 - held_out) * size / BYTES_PER_TOKEN
+    return max(1, math.ceil(tokens / config.training.max_length))
 
 
-def _tokens(dataset: DatasetInput) -> float:
-    return sum(file.stat().st_size for file in _files(dataset.path)) / BYTES_PER_TOKEN
-
-
-def _files(path: Path) -> Iterator[Path]:
-    if path.is_file():
-        yield path
-    else:
-        yield from sorted(file for file in path.rglob("*.jsonl") if file.is_file())
-
-
-def _prepared(config: TrainerConfig) -> dict[str, Any] | None:
-    """The newest prepared data that has the data sets and rows of this job."""
-    names = {dataset.name for dataset in config.datasets}
-    files = sorted(config.paths.prepared.glob("*/prepared.json"), key=_modified, reverse=True)
-    for file in files:
+def _prepared(config: TrainerConfig) -> list[int] | None:
+    """Rows of each data set where exactly these were prepared, whatever the epochs and weights."""
+    try:
+        wanted = request.digest(config)
+    except MissingInputError:
+        return None  # without a tokenizer, nothing was prepared
+    for file in config.paths.prepared.glob("*/prepared.json"):
         value = _read(file)
-        if (
-            value is not None
-            and value.get("maxLength") == config.training.max_length
-            and {entry.get("name") for entry in value.get("sources", [])} == names
-        ):
-            return _of_this_run(value, config)
+        if value is not None and value.get("request") == wanted:
+            rows = [entry["rows"] for entry in value["sources"]]
+            if len(rows) == len(config.datasets):
+                return rows
     return None
-
-
-def _of_this_run(value: dict[str, Any], config: TrainerConfig) -> dict[str, Any]:
-    """The same data may have been prepared for other epochs."""
-    rows = sum(entry["rows"] for entry in value["sources"] if entry["role"] == "Domain")
-    total = config.training.epochs * rows / (1.0 - general_share(config.datasets))
-    return value | {"totalRows": math.ceil(total)}
-
-
-def _modified(path: Path) -> float:
-    return path.stat().st_mtime
 
 
 def _read(file: Path) -> dict[str, Any] | None:

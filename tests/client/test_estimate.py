@@ -103,16 +103,14 @@ def test_without_a_speed_there_is_no_time(place: Path) -> None:
     assert (answer.speed, answer.hours, answer.gpu_hours) == (None, None, None)
 
 
-def test_prepared_data_is_counted_not_guessed(place: Path) -> None:
+def test_data_that_was_prepared_under_the_same_names_is_not_taken_for_this_job(place: Path) -> None:
     config = _config(place)
     prepared = config.paths.prepared / "abc"
     prepared.mkdir(parents=True)
     sources = [{"name": "law", "role": "Domain", "rows": 7}]
-    value = {"maxLength": 100, "sources": sources, "totalRows": 14}
+    value = {"maxLength": 100, "sources": sources, "totalRows": 14, "request": "other"}
     (prepared / "prepared.json").write_text(json.dumps(value))
-    answer = estimate(config)
-    assert answer.rows.tokens_are_counted
-    assert (answer.rows.total, answer.steps) == (14, 7)
+    assert not estimate(config).rows.tokens_are_counted
 
 
 def test_the_command_says_where_its_numbers_come_from(cptjob: Cli) -> None:

@@ -16,8 +16,7 @@ from pathlib import Path
 import orjson
 
 from cptjob_trainer.errors import DataError, Fault, MissingInputError
-
-EXTENSION = ".jsonl"
+from cptjob_trainer.request import EXTENSION, names
 
 # A longer line is no document but a file without line breaks.
 MAX_LINE = 32 << 20
@@ -99,10 +98,9 @@ def files(path: Path, faults: list[Fault]) -> list[Path]:
 
 def _directory(path: Path) -> list[Path]:
     try:
-        names = sorted(os.listdir(path))
+        return [path / name for name in names(path)]
     except OSError as error:
         raise MissingInputError(f"{path}: the data set cannot be read: {error.strerror}") from error
-    return [path / name for name in names if not name.startswith(".") and name != "lost+found"]
 
 
 def _file_problem(path: Path) -> str | None:

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from cptjob_trainer import model_config, safetensors_header, tokenizer
+from cptjob_trainer import model_config, safetensors_header, tokenizer_files
 from cptjob_trainer.errors import ConfigError, DataError, MissingInputError
 from cptjob_trainer.safetensors_header import ForeignFileError, Header, Tensor
 
@@ -97,7 +97,7 @@ def check_model(path: Path) -> ModelInfo:
         max_positions=model_config.max_positions(config),
         vocab_size=model_config.vocab_size(config),
         fingerprint=_fingerprint(path, headers),
-        tokenizer_fingerprint=tokenizer.fingerprint(path),
+        tokenizer_fingerprint=tokenizer_files.fingerprint(path),
     )
 
 

@@ -30,8 +30,9 @@ from cptjob_trainer import (
     documents,
     failpoints,
     lifeline,
-    mix,
     modeldir,
+    request,
+    shares,
     tokenizer,
     tokens,
     unfinished,
@@ -47,9 +48,10 @@ from cptjob_trainer.errors import (
     Stopped,
     StorageFullError,
 )
-from cptjob_trainer.mix import Mix, Share
+from cptjob_trainer.mix import Mix
 from cptjob_trainer.modeldir import ModelInfo
 from cptjob_trainer.rows import DOCUMENT_COLUMNS, ROW_COLUMNS, Layout, Source, Table
+from cptjob_trainer.shares import Share
 from cptjob_trainer.tokenizer import TokenizerInfo
 from cptjob_trainer.tokens import Options, Shard
 
@@ -210,6 +212,8 @@ class _Preparation:
     def run(self) -> Prepared:
         model = self._check_model()
         inputs = self._inputs()
+        # Before the data is read: what changes meanwhile is then not taken for what was prepared.
+        wanted = request.digest(self.config)
         with _writing(self.prepared):
             self.prepared.mkdir(parents=True, exist_ok=True)
             unfinished.remove_leftovers(self.prepared)
@@ -221,7 +225,7 @@ class _Preparation:
             self._raise_faults(inputs)
             self._check_ids(inputs, model, info)
             layout = self._layout(packed(), prompt, info)
-        return self._published(inputs, model, info, layout)
+        return self._published(inputs, model, info, layout, wanted)
 
     def _check_model(self) -> ModelInfo:
         config = self.config
@@ -362,7 +366,12 @@ class _Preparation:
     # --- tables ---------------------------------------------------------------------------------------
 
     def _published(
-        self, inputs: list[_Input], model: ModelInfo, info: TokenizerInfo, layout: Layout
+        self,
+        inputs: list[_Input],
+        model: ModelInfo,
+        info: TokenizerInfo,
+        layout: Layout,
+        wanted: str,
     ) -> Prepared:
         data, whole = self._fingerprints(inputs, model, info, layout)
         directory = self.prepared / whole
@@ -375,7 +384,7 @@ class _Preparation:
         temporary = unfinished.path_in(self.prepared)
         try:
             with _writing(self.prepared):
-                self._write(temporary, inputs, model, info, layout, data, whole)
+                self._write(temporary, inputs, model, info, layout, data, whole, wanted)
                 failpoints.hit("prepare.publish")
                 _publish(temporary, directory)
         finally:
@@ -416,6 +425,7 @@ class _Preparation:
         layout: Layout,
         data: str,
         whole: str,
+        wanted: str,
     ) -> None:
         total = sum(given.documents for given in inputs)
         done = 0
@@ -438,6 +448,7 @@ class _Preparation:
         value = self._counts(sources) | {
             "version": VERSION,
             "digest": whole,
+            "request": wanted,
             "modelFingerprint": model.fingerprint,
             "dataFingerprint": data,
             "packed": layout.packed,
@@ -531,17 +542,18 @@ class _Preparation:
 
     def _counts(self, sources: Sequence[dict[str, Any]]) -> dict[str, Any]:
         training = self.config.training
-        shares = [
-            Share(entry["name"], entry["role"] == "General", entry["rows"], entry["weight"])
-            for entry in sources
-        ]
-        quotas = mix.quotas(shares, training.epochs)
+        quotas = shares.quotas(
+            [
+                Share(entry["name"], entry["role"] == "General", entry["rows"], entry["weight"])
+                for entry in sources
+            ],
+            training.epochs,
+        )
         total = sum(quotas)
-        steps = -(-total // training.global_batch_size)
         return {
             "quotas": list(quotas),
             "totalRows": total,
-            "totalSteps": min(steps, training.max_steps or steps),
+            "totalSteps": shares.steps(total, training.global_batch_size, training.max_steps),
         }
 
     def _warn(self, value: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@
 tokenizer's files is converted once by transformers.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,25 +12,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from cptjob_trainer import unfinished
-from cptjob_trainer.errors import DataError, MissingInputError
-
-# Files that a slow tokenizer may consist of.
-SLOW_FILES = (
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "spm.model",
-    "vocab.json",
-    "vocab.txt",
-    "tekken.json",
-)
-CONFIG_FILES = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+from cptjob_trainer import tokenizer_files, unfinished
+from cptjob_trainer.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -58,23 +40,9 @@ class TokenizerInfo:
         return _load(self.path)
 
 
-def fingerprint(model: Path) -> str:
-    """Digest of all files that make the tokenizer. Raises MissingInputError when there is none."""
-    names = ("tokenizer.json", *SLOW_FILES, "merges.txt", "added_tokens.json", *CONFIG_FILES)
-    present = [name for name in names if (model / name).is_file()]
-    if not set(present) & {"tokenizer.json", *SLOW_FILES}:
-        raise MissingInputError(
-            f"{model}: the tokenizer is missing (tokenizer.json); copy it from the base model"
-        )
-    digest = hashlib.sha256()
-    for name in present:
-        digest.update(name.encode() + b"\0" + hashlib.sha256(_read(model / name)).digest())
-    return digest.hexdigest()[:32]
-
-
 def load(model: Path, cache: Path) -> TokenizerInfo:
     """Read the tokenizer of a model directory; a converted one is kept under `cache`."""
-    digest = fingerprint(model)
+    digest = tokenizer_files.fingerprint(model)
     path = model / "tokenizer.json"
     if not path.is_file():
         path = _converted(model, cache / f"tokenizer-{digest}.json")
@@ -105,18 +73,11 @@ def load(model: Path, cache: Path) -> TokenizerInfo:
     )
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise MissingInputError(f"{path}: cannot be read: {error.strerror}") from error
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(_read(path))
+        value = json.loads(tokenizer_files.read(path))
     except ValueError as error:
         raise DataError(f"{path}: broken JSON: {error}; copy it from the base model") from error
     if not isinstance(value, dict):
@@ -125,7 +86,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _load(path: Path) -> Tokenizer:
-    text = _read(path)
+    text = tokenizer_files.read(path)
     try:
         tokenizer = Tokenizer.from_buffer(text)
     except Exception as error:  # the library raises plain Exception
@@ -218,7 +179,7 @@ def prompt_ids(info: TokenizerInfo, model: Path, prompt: str, warn: list[str]) -
 def _template(model: Path) -> str | None:
     file = model / "chat_template.jinja"
     if file.is_file():
-        return _read(file).decode()
+        return tokenizer_files.read(file).decode()
     value = _read_json(model / "chat_template.json").get("chat_template")
     value = value or _read_json(model / "tokenizer_config.json").get("chat_template")
     if isinstance(value, list):
