@@ -1,12 +1,13 @@
 """Cutting texts into known parts changes nothing but the time."""
 
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, normalizers
 from tokenizers import pre_tokenizers as cut
 
 from cptjob_trainer import encoder
@@ -105,6 +106,51 @@ def test_text_never_gives_a_control_token(
     info = info_of(llama2, tmp_path_factory.getbasetemp() / "control.json")
     ids = decoded(Encoder(info).encode([text])[0], info.dtype)
     assert info.control.isdisjoint(ids)
+
+
+PREPEND = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+SPACED = {
+    "llama 2": (PREPEND, None),
+    "metaspace always": (None, cut.Metaspace(prepend_scheme="always", split=False)),
+    "metaspace first": (None, cut.Metaspace(prepend_scheme="first")),
+    "NFKC and Metaspace": (normalizers.NFKC(), cut.Metaspace(prepend_scheme="always")),
+}
+
+
+def spaced(kind: str) -> Tokenizer:
+    """A tokenizer that puts a space in front of each text, with `</s>` a word like any other."""
+    letters = "▁abcdefghijklmnopqrstuvwxyz</>"
+    words = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("▁after", -3.0), ("▁before", -3.0)]
+    vocabulary = [*words, *((letter, -5.0) for letter in letters)]
+    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=0, byte_fallback=False))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = SPACED[kind]
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", SPACED)
+@pytest.mark.parametrize(
+    "text",
+    ["</s>", "before </s> after", "before</s>after", "</s></s>", " </s> x", "a <s>b</s>", "＜/s＞"],
+)
+def test_text_around_a_control_token_gets_no_further_space(
+    kind: str, text: str, tmp_path: Path
+) -> None:
+    tokenizer = spaced(kind)
+    info = info_of(tokenizer, tmp_path / "tokenizer.json")
+    encoded = Encoder(info)
+    assert not encoded.cached
+    ids = decoded(encoded.encode([text])[0], info.dtype)
+    assert info.control.isdisjoint(ids)
+    if kind == "NFKC and Metaspace":
+        text = unicodedata.normalize("NFKC", text)
+    elif not text.isascii():
+        return
+    expected = text.replace(" ", "▁")
+    # Metaspace leaves a text alone that begins with a space.
+    if SPACED[kind][1] is None or not text.startswith(" "):
+        expected = f"▁{expected}"
+    assert "".join(tokenizer.id_to_token(number) for number in ids) == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)

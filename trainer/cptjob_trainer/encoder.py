@@ -82,6 +82,7 @@ class Encoder:
         self._spelt = _spellings(self._tokenizer, info.control)
         self._parts: dict[str, bytes] = {}
         content: dict[str, Any] = json.loads(self._tokenizer.to_str())
+        self._further = _without_prefix(content)
         self.cached = cached and _cuts_safely(content)
         self._whole = _added_tokens(content)
         self._plain_left = 0
@@ -141,8 +142,21 @@ class Encoder:
             {match.start() + 1 for spelling in self._spelt for match in spelling.finditer(text)}
         )
         pieces = [text[start:end] for start, end in zip([0, *cuts], [*cuts, None], strict=True)]
-        encodings = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
-        return [number for encoding in encodings for number in encoding.ids]
+        result: list[int] = []
+        for number, piece in enumerate(pieces):
+            ids = self._ids(piece, first=number == 0)
+            if not self._control.isdisjoint(ids):
+                # Only the normaliser made such a word (of full-width letters, say).
+                each = [self._ids(one, first=number + at == 0) for at, one in enumerate(piece)]
+                ids = [one for some in each for one in some if one not in self._control]
+            result += ids
+        return result
+
+    def _ids(self, piece: str, *, first: bool) -> list[int]:
+        """The ids of a piece of a text; one that is not the first gets no space in front."""
+        tokenizer = self._tokenizer if first else self._further
+        ids: list[int] = tokenizer.encode(piece, add_special_tokens=False).ids
+        return ids
 
 
 def _calls(texts: Sequence[str]) -> Iterable[list[str]]:
@@ -161,6 +175,37 @@ def _calls(texts: Sequence[str]) -> Iterable[list[str]]:
 def _spellings(tokenizer: Tokenizer, control: frozenset[int]) -> list[re.Pattern[str]]:
     tokens = (tokenizer.id_to_token(number) for number in control)
     return [re.compile(re.escape(token)) for token in tokens if token and len(token) > 1]
+
+
+def _without_prefix(content: dict[str, Any]) -> Tokenizer:
+    """The tokenizer, but that it puts no space in front of a text."""
+    tokenizer = Tokenizer.from_str(json.dumps(_unprefixed(content)))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def _unprefixed(content: dict[str, Any]) -> dict[str, Any]:
+    return content | {
+        "normalizer": _step_unprefixed(content.get("normalizer")),
+        "pre_tokenizer": _step_unprefixed(content.get("pre_tokenizer")),
+    }
+
+
+def _step_unprefixed(step: Any) -> Any:
+    """Normalisers and pre-tokenisers that put a space in front, made to leave that."""
+    if not isinstance(step, dict):
+        return step
+    if step.get("type") == "Prepend":
+        return None
+    if step.get("type") == "Sequence":
+        name = "normalizers" if "normalizers" in step else "pretokenizers"
+        inner = [_step_unprefixed(each) for each in step[name]]
+        return step | {name: [each for each in inner if each is not None]}
+    if step.get("type") == "Metaspace":
+        return step | {"prepend_scheme": "never"}
+    if step.get("type") == "ByteLevel":
+        return step | {"add_prefix_space": False}
+    return step
 
 
 # --- which tokenizers ------------------------------------------------------------------------------
