@@ -13,7 +13,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.trainers import BpeTrainer
 
 from cptjob_trainer import documents, failpoints, tokens
 from cptjob_trainer.config import Data, TrainerConfig
@@ -95,6 +96,66 @@ def test_rows_and_steps_are_counted_by_the_definition(
     for i in range(mix.total_rows):
         source, row = mix.locate(i)
         assert 0 < len(prepared.sources[source].row(row).tokens) <= 64
+
+
+def one_token_a_byte() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    end = ["<|endoftext|>"]
+    trainer = BpeTrainer(vocab_size=257, special_tokens=end, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([], trainer)
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("weight", "general_rows", "steps"),
+    # 96 x 0.05 / 0.95 = 5.05 rows; 101 rows in batches of 8 are 12.6 steps.
+    # 96 x 0.1 / 0.9 = 10.67 rows; 107 rows are 13.4 steps.
+    [(None, 5, 13), (0.1, 11, 14)],
+)
+def test_rows_steps_and_shares_by_hand(
+    weight: float | None,
+    general_rows: int,
+    steps: int,
+    tmp_path: Path,
+    make: SimpleNamespace,
+    job: Job,
+) -> None:
+    """A document of 15 letters and its end are 16 tokens, half a row of 32.
+
+    95 domain documents are 1520 tokens or 47.5 rows, so 48; two epochs are 96. 60 general ones are
+    30 rows.
+    """
+    model = make.model(tmp_path / "bytes", one_token_a_byte())
+    texts = [f"{number:015}" for number in range(155)]
+    domain = make.texts(tmp_path / "domain.jsonl", texts[:95])
+    general = make.texts(tmp_path / "general.jsonl", texts[95:])
+    config = job(
+        domain,
+        general=[general],
+        weights=None if weight is None else {"general": weight},
+        model=model,
+        split=0.0,
+        epochs=2,
+        max_length=32,
+        global_batch_size=8,
+    )
+    prepared = prepare(config, packs=packs)
+    assert [source.tokens for source in prepared.sources] == [1520, 960]
+    assert [source.rows() for source in prepared.sources] == [48, 30]
+    assert prepared.quotas == (96, general_rows)
+    assert prepared.total_rows == 96 + general_rows
+    assert prepared.total_steps == steps
+
+    drawn = [0, 0]
+    mix = prepared.mix(seed=3)
+    for i in range(mix.total_rows):
+        source, row = mix.locate(i)
+        drawn[source] += len(prepared.sources[source].row(row).tokens)
+    assert drawn[0] == 2 * 1520
+    share = 0.05 if weight is None else weight
+    assert abs(drawn[1] - share * sum(drawn)) <= 32, "within one row of the share of all tokens"
 
 
 def test_max_steps_limits_the_steps_and_not_the_order(
