@@ -35,7 +35,7 @@ def wait_until(happened: Callable[[], object], what: str) -> None:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not happened():
         assert time.monotonic() < deadline, f"waited in vain: {what}"
-        time.sleep(0.02)
+        time.sleep(0.05)
 
 
 @dataclass
@@ -110,7 +110,8 @@ class Job:
         process = subprocess.Popen(
             command,
             cwd=self.place,
-            env={**kept, **environment},
+            # With more threads than cores are free, they wait for each other for seconds.
+            env={**kept, "OMP_NUM_THREADS": "1", **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -161,8 +162,8 @@ class Job:
         return sorted(int(re.findall(r"\d+", name)[0]) for name in kept)
 
     def logs(self) -> str:
-        """What all processes of all runs wrote to their logs."""
-        files = sorted((self.output / "logs").rglob("*.log"))
+        """What all processes of all runs of this job wrote to stderr."""
+        files = sorted((self.output / "logs").rglob("stderr.log"))
         return "\n".join(file.read_text(errors="replace") for file in files)
 
 
