@@ -1,4 +1,4 @@
-"""How long a job takes and what it needs, before it runs. Reads headers and sizes only, no torch.
+"""How long a job takes and what it needs, before it runs. Reads headers and samples only, no torch.
 
 Tokens come from prepared data when there is some, else from the bytes of the files. The formulas
 are rules of thumb and are shown with their parts, so that a person can judge them.
