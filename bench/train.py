@@ -50,12 +50,24 @@ class Arm:
     only: str | None = None  # a device type
 
 
+# A run during which others kept more cores than this busy is repeated.
+QUIET = 0.15
+ATTEMPTS = 3
+
 ARMS = (
     Arm("ours", "ours"),
     Arm("ours compiled", "ours", compile="Always"),
     Arm("ours checkpointed", "ours", activation_checkpointing="Full"),
     Arm(BASE, "peer"),
     Arm("HF compiled", "peer", flags={"torch_compile": True}),
+    # The CPU's own attention kernel is slow on short rows.
+    Arm(
+        "HF compiled, eager attention",
+        "peer",
+        attention="eager",
+        flags={"torch_compile": True},
+        only="cpu",
+    ),
 )
 
 
@@ -70,7 +82,7 @@ class Size:
 
 
 SIZES = {
-    ("tiny", "cpu"): Size(512, 8, 25, 5),
+    ("tiny", "cpu"): Size(512, 8, 30, 10),
     ("smollm2-135m", "cpu"): Size(1024, 1, 5, 2),
     ("tiny", "cuda"): Size(512, 8, 120, 20),
     ("smollm2-135m", "cuda"): Size(1024, 16, 60, 10),
@@ -131,6 +143,33 @@ def run_arm(
         raise SystemExit(f"{arm.name} failed:\n{done.stderr[-4000:]}")
     figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return figures
+
+
+def run_quietly(patience: float, *args: Any) -> dict[str, Any]:
+    """`run_arm` when the machine is quiet, again when it did not stay so. patience: seconds to wait."""
+    deadline = time.monotonic() + patience
+    best: dict[str, Any] = {}
+    for _ in range(ATTEMPTS):
+        while busy_cores() > QUIET and time.monotonic() < deadline:
+            time.sleep(3)
+        figures = run_arm(*args)
+        if not best or figures["others"] < best["others"]:
+            best = figures
+        if best["others"] <= QUIET or time.monotonic() > deadline:
+            break
+    return best
+
+
+def busy_cores() -> float:
+    """Cores in use right now, this process sleeping."""
+
+    def busy() -> float:
+        user, nice, system, _, _, _, _, steal, *_ = Path("/proc/stat").read_text().split()[1:]
+        return sum(map(int, (user, nice, system, steal))) / os.sysconf("SC_CLK_TCK")
+
+    before = busy()
+    time.sleep(1)
+    return busy() - before
 
 
 def environment() -> dict[str, str]:
@@ -225,14 +264,17 @@ def bench_model(
     prepared = prepare(configs[arms[0].name])
     print(f"{name}: {size.batch} rows of {size.length} tokens a step", flush=True)
     runs: dict[str, list[dict[str, Any]]] = {arm.name: [] for arm in arms}
-    for number in range(options.rounds):
+    rounds = options.rounds or (3 if (path / "model.safetensors").stat().st_size < 1e8 else 1)
+    for number in range(rounds):
         for arm in arms:
             began = time.monotonic()
-            profile = str(options.profile / f"{name}-{arm.name}.txt") if options.profile else None
-            figures = run_arm(arm, configs[arm.name], prepared, size, device, profile)
+            profile = str(options.profile / f"{name} {arm.name}.txt") if options.profile else None
+            figures = run_quietly(
+                options.patience, arm, configs[arm.name], prepared, size, device, profile
+            )
             runs[arm.name].append(figures)
             print(
-                f"  round {number + 1}/{options.rounds} {arm.name:20s} {figures['seconds']:8.4f} s/step "
+                f"  round {number + 1}/{rounds} {arm.name:28s} {figures['seconds']:8.4f} s/step "
                 f"(cpu {figures['cpu_seconds']:.4f})"
                 f"{figures['memory'] / 2**20:8.0f} MiB  others {figures['others']:.2f} cores  "
                 f"({time.monotonic() - began:.0f} s)",
@@ -240,18 +282,26 @@ def bench_model(
             )
     if BASE in runs:
         print("\n".join(table(runs, size.batch * size.length)), flush=True)
-    return {"model": name, "size": asdict(size), "rounds": options.rounds, "runs": runs}
+    return {"model": name, "size": asdict(size), "rounds": rounds, "runs": runs}
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", default="tiny,smollm2-135m", help="names under volumes/models")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--rounds", type=int, help="default 3, and 1 with more than 100 MB of model"
+    )
     parser.add_argument("--steps", type=int, help="of each run, warm-up included")
     parser.add_argument("--warmup", type=int, help="steps that are not measured")
     parser.add_argument("--length", type=int)
     parser.add_argument("--batch", type=int, help="rows of a step")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=60,
+        help="seconds to wait for a quiet machine, for each arm",
+    )
     parser.add_argument("--arms", type=lambda text: text.split(","), default=[])
     parser.add_argument("--volumes", type=Path, default=ROOT / "volumes")
     parser.add_argument("--json", type=Path, help="write the raw figures here")
