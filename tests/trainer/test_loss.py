@@ -33,6 +33,17 @@ def test_loss_and_gradients_are_those_of_cross_entropy(
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_written_for_compiling_is_the_plain_one(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(TOKENS, VOCABULARY, dtype=dtype) * 4
+    targets = torch.randint(0, VOCABULARY, (TOKENS,))
+    targets[::7] = loss.IGNORE
+    other = loss.softmax_gradient_to_compile(logits, targets)
+    one = loss.softmax_gradient(logits, targets)
+    torch.testing.assert_close(one, other)
+
+
 def test_a_frozen_head_gets_no_gradient_and_costs_none() -> None:
     hidden = torch.randn(TOKENS, WIDTH, requires_grad=True)
     weight = torch.randn(VOCABULARY, WIDTH)

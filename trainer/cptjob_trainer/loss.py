@@ -7,6 +7,7 @@ after its logits, so nothing is computed twice (the idea is Liger Kernel's fused
 arXiv 2410.10989; the code is plain PyTorch and runs on any device).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ IGNORE = -100
 
 # Logits held at a time, (least, most) by device. On a CPU a chunk is best written and read while it
 # is near the caches; a GPU wants products large enough to fill it.
-CHUNK_ELEMENTS = {"cpu": (2**18, 2**24), "cuda": (2**27, 2**28)}
+CHUNK_ELEMENTS = {"cpu": (2**18, 2**25), "cuda": (2**27, 2**28)}
+# Of these so many at a time in fp32, twice: on a CPU that fits its caches.
+SOFTMAX_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
 
 
 def chunk_rows(vocabulary: int, width: int, device_type: str) -> int:
@@ -30,6 +33,47 @@ def chunk_rows(vocabulary: int, width: int, device_type: str) -> int:
     return max(64, rows // 64 * 64)
 
 
+def softmax_gradient(
+    logits: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of the losses of logits [n, V], fp32, and its gradient softmax - onehot in their type.
+
+    The softmax is fp32. What is ignored has neither loss nor gradient. Writes over the logits.
+    """
+    total = torch.zeros((), dtype=torch.float32, device=logits.device)
+    most = SOFTMAX_ELEMENTS.get(logits.device.type, SOFTMAX_ELEMENTS["cuda"])
+    rows = max(1, most // logits.shape[1])
+    for part, target in zip(logits.split(rows), targets.split(rows), strict=True):
+        kept = (target != IGNORE).unsqueeze(1)
+        safe = target.clamp_min(0).unsqueeze(1)
+        exact = part.float()
+        highest, chosen = exact.amax(1, keepdim=True), exact.gather(1, safe)
+        grad = torch.softmax(exact, dim=1)
+        # The largest probability is no less than 1 / V, so its logarithm is exact enough.
+        losses = highest - grad.amax(1, keepdim=True).log() - chosen
+        total += torch.where(kept, losses, 0.0).sum()
+        grad.scatter_add_(1, safe, torch.full_like(highest, -1.0))
+        part.copy_(grad.mul_(kept))
+    return total, logits
+
+
+def softmax_gradient_to_compile(
+    logits: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same, written so that a compiler makes one pass of it, and with the logits left alone."""
+    kept = (targets != IGNORE).unsqueeze(1)
+    exact = logits.float()
+    log_z = torch.logsumexp(exact, 1, keepdim=True)
+    chosen = logits.gather(1, targets.clamp_min(0).unsqueeze(1)).float()
+    is_target = torch.arange(logits.shape[1], device=logits.device) == targets.unsqueeze(1)
+    grad = torch.where(kept, (exact - log_z).exp() - is_target.float(), 0.0)
+    return torch.where(kept, log_z - chosen, 0.0).sum(), grad.to(logits.dtype)
+
+
+# Either of the two above.
+SoftmaxGradient = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -39,6 +83,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias: torch.Tensor | None,
         targets: torch.Tensor,
         rows: int,
+        gradient: SoftmaxGradient,
     ) -> torch.Tensor:
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -55,24 +100,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
             chunk, target = hidden[part], targets[part]
-            logits = F.linear(chunk, weight, bias).float()
-            kept = target != IGNORE
-            safe = target.clamp_min(0).unsqueeze(1)
-            highest = logits.amax(1, keepdim=True)
-            chosen = logits.gather(1, safe)
-            grad = torch.softmax(logits, dim=1)
-            del logits  # as large as all else here together
-            # The largest probability is no less than 1 / V, so its logarithm is exact enough.
-            nll = (highest - grad.amax(1, keepdim=True).log() - chosen).squeeze(1)
-            total += torch.where(kept, nll, 0.0).sum()
-            if not (needs_hidden or needs_weight or needs_bias):
-                continue
-            # d nll / d logits = softmax - onehot, and nothing for ignored targets.
-            grad.scatter_add_(1, safe, torch.full_like(highest, -1.0))
-            grad.mul_(kept.unsqueeze(1))
+            loss, grad = gradient(F.linear(chunk, weight, bias), target)
+            total += loss
             if grad_bias is not None:
-                grad_bias += grad.sum(0)
-            grad = grad.to(hidden.dtype)
+                grad_bias += grad.sum(0, dtype=torch.float32)
             if grad_hidden is not None:
                 grad_hidden[part] = grad @ weight
             if grad_weight is not None:
@@ -96,19 +127,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if grad_bias is None else grad_bias.mul_(scale).to(bias_type),
             None,
             None,
+            None,
         )
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def linear_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     targets: torch.Tensor,
+    gradient: SoftmaxGradient = softmax_gradient,
 ) -> torch.Tensor:
     """Sum over tokens of -log softmax(hidden @ weight.T + bias)[target], as an fp32 scalar.
 
     hidden [N, d]; weight [V, d]; bias [V] or None; targets [N] int64, IGNORE for no loss.
+    gradient: `softmax_gradient`, or the other one compiled.
     Under autocast the products run in the autocast type; the softmax is always fp32.
     """
     device = hidden.device.type
@@ -122,6 +155,7 @@ def linear_cross_entropy(
             None if bias is None else bias.to(compute),
             targets,
             chunk_rows(weight.shape[0], weight.shape[1], device),
+            gradient,
         )
     return loss
 

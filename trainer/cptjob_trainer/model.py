@@ -22,7 +22,13 @@ from torch import nn
 from cptjob_trainer import attention, dropout
 from cptjob_trainer.config import ResolvedTraining, TrainerConfig, Training
 from cptjob_trainer.errors import ConfigError
-from cptjob_trainer.loss import cross_entropy, linear_cross_entropy
+from cptjob_trainer.loss import (
+    SoftmaxGradient,
+    cross_entropy,
+    linear_cross_entropy,
+    softmax_gradient,
+    softmax_gradient_to_compile,
+)
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +65,7 @@ class LossModel(nn.Module):
         self.fused = fused and can_fuse(lm)
         self.takes_positions = attention.accepts_positions(lm)
         self.body: Any = lm.base_model
+        self.gradient: SoftmaxGradient = softmax_gradient
         embeddings: Any = lm.get_input_embeddings()  # type: ignore[operator]
         embeddings.register_forward_hook(_to_autocast_type)
 
@@ -71,8 +78,7 @@ class LossModel(nn.Module):
         if self.fused:
             hidden = self.body(**arguments).last_hidden_state.flatten(0, 1)
             head: Any = self.lm.get_output_embeddings()  # type: ignore[operator]
-            loss: torch.Tensor = linear_cross_entropy(hidden, head.weight, head.bias, targets)
-            return loss
+            return linear_cross_entropy(hidden, head.weight, head.bias, targets, self.gradient)
         return cross_entropy(self.lm(**arguments).logits.flatten(0, 1), targets)
 
 
@@ -312,9 +318,10 @@ def compiles(config: TrainerConfig, device: torch.device, flops: float, dropping
 
 
 def compile_layers(model: LossModel) -> None:
-    """Compile each layer: they are alike, so the code is made once and reused for all of them."""
+    """Compile each layer (they are alike, so the code is made once for all of them) and the loss."""
     for layer in decoder_layers(model.lm):
         layer.compile()
+    model.gradient = torch.compile(softmax_gradient_to_compile)
 
 
 def autocast(device: torch.device, dtype: torch.dtype, sharded: bool) -> Any:
