@@ -65,6 +65,9 @@ def _start(rank: int, act: Callable[[int], Any], environment: dict[str, str]) ->
     os.close(reader)
     os.environ.update(environment)
     failpoints._hits.clear()
+    # A forked child makes torch's thread pool anew at its first use. The threads of its backward
+    # pass would do so at the same moment, and one of them would find none.
+    torch.set_num_threads(1)
     try:
         report = {"value": act(rank)}
     except BaseException as error:
