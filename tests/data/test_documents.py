@@ -56,7 +56,7 @@ def test_a_bad_line_in_line_7_of_file_3_is_named(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", b"text", "not a .jsonl file; rename it, convert it or move it away"),
+        ("a.txt", b"text", "not a .jsonl file; unpack or convert it, or move it away"),
         ("a.json", b"{}", "not a .jsonl file"),
         ("a.jsonl.gz", b"\x1f\x8b", "not a .jsonl file"),
         ("README.md", b"hello", "not a .jsonl file"),

@@ -108,7 +108,7 @@ def _file_problem(path: Path) -> str | None:
     if path.is_dir():
         return "a directory inside the data set; put all files into one directory"
     if path.suffix != EXTENSION:
-        return f"not a {EXTENSION} file; rename it, convert it or move it away"
+        return f"not a {EXTENSION} file; unpack or convert it, or move it away"
     try:
         with path.open("rb") as file:
             head = file.read(32)
