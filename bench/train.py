@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import results
+
 from cptjob_trainer.config import (
     DatasetInput,
     ModelInput,
@@ -82,7 +84,7 @@ class Size:
 
 
 SIZES = {
-    ("tiny", "cpu"): Size(512, 8, 30, 10),
+    ("tiny", "cpu"): Size(512, 8, 22, 8),
     ("smollm2-135m", "cpu"): Size(1024, 1, 5, 2),
     ("tiny", "cuda"): Size(512, 8, 120, 20),
     ("smollm2-135m", "cuda"): Size(1024, 16, 60, 10),
@@ -241,6 +243,19 @@ def machine(device: str) -> str:
     return f"{name}, {len(os.sched_getaffinity(0))} cores; {versions}; commit {commit or 'unknown'}"
 
 
+def body(where: str, found: Sequence[Mapping[str, Any]]) -> str:
+    """The section of RESULTS.md."""
+    parts = [where]
+    for result in found:
+        size = result["size"]
+        parts.append(
+            f"{result['model']}: {size['batch']} rows of {size['length']} tokens a step, bf16, "
+            f"{result['rounds']} rounds in turn, medians (range); memory is on top of the imports'."
+        )
+        parts.append("\n".join(table(result["runs"], size["batch"] * size["length"])))
+    return "\n\n".join(parts)
+
+
 # --- the run --------------------------------------------------------------------------------------
 
 
@@ -304,6 +319,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--arms", type=lambda text: text.split(","), default=[])
     parser.add_argument("--volumes", type=Path, default=ROOT / "volumes")
+    parser.add_argument("--record", action="store_true", help="write the tables into RESULTS.md")
     parser.add_argument("--json", type=Path, help="write the raw figures here")
     parser.add_argument("--profile", type=Path, help="write tables of operators into this folder")
     return parser.parse_args()
@@ -323,12 +339,16 @@ def main() -> None:
     options = parse()
     device = find_device(options.device)
     print(machine(device), flush=True)
-    results = []
+    found = []
     with tempfile.TemporaryDirectory(prefix="bench-train-") as scratch:
         for name in options.models.split(","):
-            results.append(bench_model(name, options, device, Path(scratch)))  # noqa: PERF401
+            found.append(bench_model(name, options, device, Path(scratch)))  # noqa: PERF401
+    if options.record:
+        results.write(
+            f"training on a {'CPU' if device == 'cpu' else 'GPU'}", body(machine(device), found)
+        )
     if options.json:
-        value = {"machine": machine(device), "device": device, "results": results}
+        value = {"machine": machine(device), "device": device, "results": found}
         options.json.write_text(json.dumps(value, indent=1) + "\n")
 
 
