@@ -88,7 +88,7 @@ def test_launchers_say_so_when_the_coordinator_is_gone(job: MakeJob) -> None:
     made.wait_until(lambda: len(made.notes("training")) == 2, "workers train")
     coordinator.kill()
     code, errors = made.end(launcher)
-    assert code == 75
+    assert code == 75, errors
     assert made.notes("saved") == ["saved.0.0", "saved.1.0"], "workers were asked to save"
     assert "the coordinator at 127.0.0.1:" in made.termination(1).message
     assert "Traceback" not in errors
@@ -130,7 +130,7 @@ def test_two_launchers_cannot_hold_one_output(job: MakeJob) -> None:
     first = made.launch("--lock-output")
     made.wait_until(lambda: len(made.notes("training")) == 2, "workers train")
     code, errors = made.end(made.launch("--lock-output"))
-    assert code == 75
+    assert code == 75, errors
     assert f"in use by process {first.pid} on" in errors
     first.send_signal(signal.SIGTERM)
     assert made.end(first)[0] == 143

@@ -52,20 +52,23 @@ class GangError(CPTJobError):
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the launcher process."""
     options = _parse(arguments)
-    with termination.guard():
-        ended = _launch(options)
-    _end(ended)
-
-
-def _end(ended: Termination) -> NoReturn:
+    try:
+        with termination.guard():
+            ended = _launch(options)
+    except SystemExit as exit_:
+        _leave(exit_.code)
     if ended.exit_code != 0:
         prefix = "" if ended.exit_code == STOPPED else "error: "
         print(f"{prefix}{ended.message}", file=sys.stderr)
         termination.write(ended)
+    _leave(ended.exit_code)
+
+
+def _leave(code: str | int | None) -> NoReturn:
+    """Not sys.exit: it would wait for threads of the rendezvous, and abort one in a store call."""
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: the rendezvous has threads that would be waited for.
-    os._exit(ended.exit_code)
+    os._exit(code if isinstance(code, int) else 1)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
