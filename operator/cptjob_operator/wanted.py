@@ -1,0 +1,57 @@
+"""What a pass wants done: the value that `plan` makes and `Cluster` carries out.
+
+The order is fixed. The status goes first: it holds what makes a replacement a new one (attempt,
+incarnation, what was resolved), and is written under the resourceVersion that was looked at, so
+that of two operators one gets no further. Then deletions, then objects, then events.
+"""
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal
+
+from cptjob_api.status import CPTJobStatus
+
+EventType = Literal["Normal", "Warning"]
+
+
+@dataclass(frozen=True, slots=True)
+class Deletion:
+    """An object to delete if it is still the one that was seen.
+
+    grace_seconds: None leaves the object's own; 0 with `force` removes a pod whose node is gone.
+    """
+
+    kind: Literal["Pod", "CPTJob", "ConfigMap", "Service", "NetworkPolicy"]
+    name: str
+    uid: str
+    grace_seconds: int | None = None
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """An Event on the job."""
+
+    type: EventType
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Outcome of one pass.
+
+    status: the whole status as it should read; None leaves it as it is.
+    urgent: False when nothing but counts and progress changed, so that the write may wait.
+    objects: manifests that are missing or differ; written by server-side apply, pods by POST.
+    again: when to look again though nothing happened; None is never.
+    """
+
+    status: CPTJobStatus | None = None
+    urgent: bool = True
+    deletions: tuple[Deletion, ...] = ()
+    objects: tuple[dict[str, Any], ...] = ()
+    events: tuple[Event, ...] = ()
+    again: datetime | None = None
+    #: Figures for the operator's own metrics: restarts by cause, in this pass.
+    restarts: tuple[str, ...] = field(default=())
