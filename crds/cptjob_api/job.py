@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import AwareDatetime, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from cptjob_api.fields import show
@@ -31,6 +31,12 @@ class ObjectMeta(Strict):
     labels: dict[str, str] = Field(default={}, description="Labels.")
     annotations: dict[str, str] = Field(default={}, description="Annotations.")
     uid: str | None = Field(default=None, description="Identity, given by the API server.")
+    generation: int | None = Field(default=None, description="Counts changes of the spec.")
+    resource_version: str | None = Field(default=None, description="Changes with every write.")
+    creation_timestamp: AwareDatetime | None = Field(default=None, description="When it was made.")
+    deletion_timestamp: AwareDatetime | None = Field(
+        default=None, description="When it was asked to go."
+    )
 
 
 class CPTJob(Strict):

@@ -79,6 +79,7 @@ class PodCounts(Reported):
     """Worker pods by what they do."""
 
     active: Count = Field(default=0, description="Pods that exist and have not ended.")
+    scheduled: Count = Field(default=0, description="Active pods that have a node.")
     ready: Count = Field(default=0, description="Pods that train.")
     succeeded: Count = Field(default=0, description="Pods that ended well.")
     failed: Count = Field(default=0, description="Pods that failed.")
@@ -137,6 +138,11 @@ class ExcludedNode(Reported):
 
     name: ShortText = Field(description="Name of the node.")
     reason: ShortText = Field(default="", description="Why it is avoided.")
+    failures: Count = Field(
+        default=1,
+        description="Counted failures there. After the first another node is preferred, after the "
+        "second none of the job's pods goes there.",
+    )
     until: AwareDatetime | None = Field(default=None, description="When this ends.")
 
 
@@ -148,6 +154,21 @@ class Incarnation(Reported):
         default="worker", description="worker or coordinator."
     )
     incarnation: Count = Field(default=0, description="Its newest incarnation.")
+
+
+class LastFailure(Reported):
+    """The newest failure that made pods be replaced."""
+
+    time: AwareDatetime = Field(description="When it was noticed.")
+    pod: ShortText = Field(default="", description="The pod that failed.")
+    node: ShortText | None = Field(default=None, description="The node it ran on.")
+    exit_code: int | None = Field(default=None, description="Exit code of its container.")
+    reason: ShortText = Field(default="", description="One word that says why.")
+    message: ShortText = Field(default="", description="What the pod said itself.")
+    step: Count | None = Field(default=None, description="Last step known to be done by then.")
+    repeated: Count = Field(
+        default=1, description="Counted failures in a row without a newer checkpoint."
+    )
 
 
 class Result(Reported):
@@ -194,6 +215,12 @@ class CPTJobStatus(Reported):
     restarts_count_towards_max: Count = Field(
         default=0, description="Restarts that count against failurePolicy.maxRestarts."
     )
+    retry_time: AwareDatetime | None = Field(
+        default=None, description="When pods are made again after a failure; absent when none wait."
+    )
+    last_failure: LastFailure | None = Field(
+        default=None, description="The newest failure that made pods be replaced."
+    )
     pods: PodCounts | None = Field(default=None, description="Worker pods by what they do.")
     incarnations: tuple[Incarnation, ...] = Field(
         default=(), max_length=501, description="Newest incarnation of each pod."
@@ -220,10 +247,16 @@ class CPTJobStatus(Reported):
         description="Nodes that are avoided for a while.",
         json_schema_extra={"listMapKey": "name"},
     )
+    active_seconds: Count = Field(
+        default=0, description="Time with pods, in all; activeDeadlineSeconds bounds it."
+    )
     node_seconds: Count = Field(default=0, description="Nodes held, times the time.")
     gpu_seconds: Count = Field(default=0, description="GPUs held, times the time; 0 on CPU nodes.")
     lost_gpu_seconds: Count = Field(
         default=0, description="The part of them that trained what was lost or did not train."
+    )
+    accounted_time: AwareDatetime | None = Field(
+        default=None, description="Until when these times are counted."
     )
     result: Result | None = Field(default=None, description="What came out.")
 
