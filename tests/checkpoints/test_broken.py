@@ -141,7 +141,7 @@ def test_a_broken_newest_does_not_count_among_those_kept(lab: Any) -> None:
 
 
 def test_a_manifest_of_a_newer_format_stops_the_run(lab: Any) -> None:
-    from cptjob_trainer.checkpoints import seal
+    from cptjob_trainer.checkpoint_manifest import seal
 
     lab.train(1)
     file = lab.directory / "step-1.1" / "manifest.json"

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from cptjob_trainer import output
+from cptjob_trainer import output, result
 from cptjob_trainer.errors import CheckpointError, OutputError, StorageFullError
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -239,15 +239,15 @@ def test_a_state_that_is_not_the_models_is_refused(tmp_path: Path) -> None:
 def test_the_manifest_is_whole_or_absent_and_lists_each_file(lab: Any, tmp_path: Path) -> None:
     base = base_model(tmp_path / "base")
     output.publish_model(tmp_path / "out", base, trained(base).state_dict())
-    write = lambda: str(output.write_manifest(tmp_path / "out", {"job": "a"}))  # noqa: E731
+    write = lambda: str(result.write_manifest(tmp_path / "out", {"job": "a"}))  # noqa: E731
     killed = lab.alone(write, CPTJOB_FAILPOINT="output.manifest:1")
     assert killed.signal == signal.SIGKILL
     assert not (tmp_path / "out" / "manifest.json").exists()
-    path = output.write_manifest(tmp_path / "out", {"job": "a"})
+    path = result.write_manifest(tmp_path / "out", {"job": "a"})
     value = json.loads(path.read_bytes())
     assert value["job"] == "a"
     assert {name: file["sha256"] for name, file in value["files"].items()} == {
         f"model/{name}": digest for name, digest in digests(tmp_path / "out" / "model").items()
     }
     first = path.read_bytes()
-    assert output.write_manifest(tmp_path / "out", {"job": "a"}).read_bytes() == first
+    assert result.write_manifest(tmp_path / "out", {"job": "a"}).read_bytes() == first

@@ -23,7 +23,6 @@ def test_every_tensor_comes_back_bit_for_bit_with_the_loop_state(lab: Any) -> No
     checkpoints = lab.make()
     assert checkpoints.open() is None
     saved = checkpoints.save(3, lab.values(3), state)
-    assert checkpoints.latest() == saved
 
     again = lab.make()
     resume = again.open()
@@ -147,7 +146,10 @@ def test_a_folder_holds_only_json_and_safetensors(lab: Any) -> None:
             assert isinstance(json.loads(head[8 : 8 + length]), dict), path
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "dcp_storage", "generations", "output", "ranks"])
+@pytest.mark.parametrize(
+    "name",
+    ["checkpoints", "checkpoint_folder", "dcp", "dcp_storage", "generations", "output", "ranks"],
+)
 def test_the_code_uses_no_pickle(name: str) -> None:
     tree = ast.parse((PACKAGE / f"{name}.py").read_text())
     used = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}

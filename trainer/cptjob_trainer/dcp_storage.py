@@ -3,27 +3,20 @@
 DCP plans which piece of which tensor is written and read; this module moves the bytes. DCP's own
 file storage keeps its index in `.metadata`, a pickle, which runs code when a stranger's file is
 read, and its ranks exchange plans as pickles. Here each rank saves and loads for itself, and the
-ranks join their indexes as JSON.
+ranks join their indexes as JSON (dcp.py).
 
 Each rank writes one file `rank-NNNNN.safetensors` with its pieces, under the tensor's name, or
-`name@row,column` for a piece that begins there. Digests are SHA-256 of the whole file, taken while
-it is written: with the SHA instructions of today's processors it runs at 1.7 GB/s a core, twice as
-fast as BLAKE2b, and `sha256sum` checks it without us.
+`name@row,column` for a piece that begins there.
 """
 
 import errno
-import hashlib
-import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import safe_open
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -42,156 +35,25 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
-from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
-from cptjob_trainer import failpoints, safetensors_header
-
-DTYPES: Final = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
-TORCH_DTYPES: Final = {name: dtype for dtype, name in DTYPES.items()}
-
-# Small enough to stay in the processor's cache between the digest and the write, large enough to
-# need few calls.
-_BLOCK: Final = 1 << 20
-_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-
-
-def is_full(error: BaseException) -> bool:
-    """True when `error` says that the volume, a quota or a file size limit leaves no room."""
-    return isinstance(error, OSError) and error.errno in _FULL
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a safetensors file, known before its values are."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class FileDigest:
-    """Size in bytes and SHA-256 of a written file."""
-
-    bytes: int
-    sha256: str
-
-
-def write_safetensors(
-    path: Path,
-    entries: Sequence[Entry],
-    values: Iterable[torch.Tensor],
-    metadata: dict[str, str] | None = None,
-    after_each: Callable[[], None] = lambda: None,
-) -> FileDigest:
-    """Write one safetensors file from a stream of tensors, one in memory at a time, and make it
-    durable.
-
-    `values` yields the tensors of `entries` in that order, on any device, of the entry's dtype and
-    shape. The same entries and values give the same bytes. The file must not exist. Raises OSError.
-    """
-    digest = hashlib.sha256()
-    size = 0
-    with open(path, "xb", buffering=0) as file:
-
-        def put(block: memoryview | bytes) -> None:
-            nonlocal size
-            digest.update(block)
-            view = memoryview(block)
-            while view:
-                view = view[file.write(view) or 0 :]
-            size += len(block)
-
-        put(header(entries, metadata))
-        for entry, value in zip(entries, values, strict=True):
-            if value.dtype != entry.dtype or tuple(value.shape) != entry.shape:
-                raise ValueError(
-                    f"{entry.name} is {value.dtype} {tuple(value.shape)}, planned {entry}"
-                )
-            data = _bytes_of(value)
-            for start in range(0, len(data), _BLOCK):
-                put(data[start : start + _BLOCK])
-            after_each()
-        os.fsync(file.fileno())
-    return FileDigest(size, digest.hexdigest())
-
-
-def header(entries: Sequence[Entry], metadata: dict[str, str] | None = None) -> bytes:
-    """The head of a safetensors file: its length in 8 little-endian bytes, then padded JSON."""
-    table: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    offset = 0
-    for entry in entries:
-        if entry.name in table:
-            raise ValueError(f"two tensors named {entry.name}")
-        end = offset + entry.bytes
-        table[entry.name] = {
-            "dtype": DTYPES[entry.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def aligned(entries: Iterable[Entry]) -> list[Entry]:
-    """`entries` in the order for a file: widest dtype first, so all are aligned; then by name."""
-    return sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
-
-
-def file_digest(path: Path) -> FileDigest:
-    """Size and SHA-256 of an existing file. Raises OSError."""
-    digest = hashlib.sha256()
-    size = 0
-    block = memoryview(bytearray(_BLOCK))
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(block):
-            digest.update(block[:count])
-            size += count
-    return FileDigest(size, digest.hexdigest())
-
-
-def _bytes_of(value: torch.Tensor) -> memoryview:
-    plain = value.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-    return plain.numpy().data
-
-
-def key_of(fqn: str, offsets: Sequence[int], sizes: Sequence[int], shape: Sequence[int]) -> str:
-    """The name in a file of the piece of tensor `fqn` that begins at `offsets`."""
-    if tuple(sizes) == tuple(shape):
-        return fqn
-    return f"{fqn}@{','.join(str(offset) for offset in offsets)}"
-
-
-def rank_file(rank: int) -> str:
-    """The name of the file that `rank` writes."""
-    return f"rank-{rank:05d}.safetensors"
+from cptjob_trainer import failpoints
+from cptjob_trainer.safetensors_file import (
+    DTYPES,
+    TORCH_DTYPES,
+    Entry,
+    aligned,
+    bytes_of,
+    opened,
+    read_header,
+    write_safetensors,
+)
 
 
 class SafetensorsWriter(StorageWriter):
     """DCP's writer of one rank's file. After `dcp.save`, `index` is the JSON index of that file.
 
-    Meant for `dcp.save(..., no_dist=True)` in each rank, with `share` of what there is; the ranks'
-    indexes are joined by `join`. It writes a file and no more: whoever calls publishes it.
+    It writes a file and no more: whoever calls publishes it.
     """
 
     def __init__(self, directory: Path, rank: int) -> None:
@@ -219,7 +81,7 @@ class SafetensorsWriter(StorageWriter):
         results: list[WriteResult] = []
         if entries:
             ordered = [items[entry.name] for entry in entries]
-            name = rank_file(self.rank)
+            name = _rank_file(self.rank)
             digest = write_safetensors(
                 self.directory / name,
                 entries,
@@ -257,58 +119,16 @@ class SafetensorsWriter(StorageWriter):
         return True
 
 
-def share(tensors: Mapping[str, torch.Tensor], rank: int, world: int) -> dict[str, torch.Tensor]:
-    """What `rank` writes of `tensors`, so that all ranks together write everything once.
-
-    Of a sharded DTensor each rank writes its shard. What is the same everywhere is dealt out by
-    size. Every rank computes the same answer; nothing is sent.
-    """
-    loads = [0] * world
-    mine: dict[str, torch.Tensor] = {}
-    for name in sorted(tensors, key=lambda name: (-tensors[name].numel(), name)):
-        tensor = tensors[name]
-        if isinstance(tensor, DTensor):
-            if _writes(tensor):
-                mine[name] = tensor
-            continue
-        writer = loads.index(min(loads))
-        loads[writer] += tensor.numel() * tensor.element_size()
-        if writer == rank:
-            mine[name] = tensor
-    return mine
+def _key_of(fqn: str, offsets: Sequence[int], sizes: Sequence[int], shape: Sequence[int]) -> str:
+    """The name in a file of the piece of tensor `fqn` that begins at `offsets`."""
+    if tuple(sizes) == tuple(shape):
+        return fqn
+    return f"{fqn}@{','.join(str(offset) for offset in offsets)}"
 
 
-def _writes(tensor: DTensor) -> bool:
-    """True unless another rank writes the same shard."""
-    place = tensor.device_mesh.get_coordinate()
-    if place is None:
-        return False
-    copies = zip(place, tensor.placements, strict=True)
-    return all(at == 0 for at, placement in copies if placement.is_replicate())
-
-
-def local_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
-    """Bytes that this rank holds of `tensors`."""
-    local = (t.to_local() if isinstance(t, DTensor) else t for t in tensors.values())
-    return sum(tensor.numel() * tensor.element_size() for tensor in local)
-
-
-def join(indexes: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """One index of all ranks' files. Raises ValueError when a tensor is not whole."""
-    files: dict[str, Any] = {}
-    tensors: dict[str, Any] = {}
-    for index in indexes:
-        files.update(index["files"])
-        for name, tensor in index["tensors"].items():
-            known = tensors.setdefault(name, {**tensor, "chunks": []})
-            known["chunks"].extend(tensor["chunks"])
-    for name, tensor in tensors.items():
-        have = sum(math.prod(chunk["sizes"]) for chunk in tensor["chunks"])
-        if have != math.prod(tensor["shape"]):
-            raise ValueError(
-                f"{name} has {math.prod(tensor['shape'])} elements, the ranks wrote {have}"
-            )
-    return {"files": dict(sorted(files.items())), "tensors": dict(sorted(tensors.items()))}
+def _rank_file(rank: int) -> str:
+    """The name of the file that `rank` writes."""
+    return f"rank-{rank:05d}.safetensors"
 
 
 def _shape(item: WriteItem) -> torch.Size:
@@ -326,7 +146,7 @@ def _entry(item: WriteItem) -> Entry:
         raise TypeError(
             f"{item.index.fqn} has {data.properties.dtype}, which safetensors cannot hold"
         )
-    key = key_of(item.index.fqn, data.chunk.offsets, data.chunk.sizes, data.size)
+    key = _key_of(item.index.fqn, data.chunk.offsets, data.chunk.sizes, data.size)
     return Entry(key, data.properties.dtype, tuple(data.chunk.sizes))
 
 
@@ -391,13 +211,6 @@ class SafetensorsReader(StorageReader):
         return True
 
 
-@contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """A memory-mapped safetensors file, as safetensors' own reader gives it."""
-    with safe_open(path, framework="pt", device="cpu") as file:
-        yield file
-
-
 def _tensor_metadata(tensor: dict[str, Any]) -> TensorStorageMetadata:
     return TensorStorageMetadata(
         properties=TensorProperties(dtype=TORCH_DTYPES[tensor["dtype"]]),
@@ -407,21 +220,6 @@ def _tensor_metadata(tensor: dict[str, Any]) -> TensorStorageMetadata:
             for chunk in tensor["chunks"]
         ],
     )
-
-
-def read_header(file: BinaryIO) -> dict[str, Any]:
-    """Name -> {dtype, shape, data_offsets} of a safetensors file, offsets counted from its start.
-
-    Raises ValueError when the header is broken.
-    """
-    return {
-        tensor.name: {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [tensor.start, tensor.end],
-        }
-        for tensor in safetensors_header.read(file).tensors
-    }
 
 
 def _read(
@@ -459,7 +257,7 @@ def _read(
 
 
 def _fill(file: BinaryIO, tensor: torch.Tensor) -> None:
-    view = _bytes_of(tensor)
+    view = bytes_of(tensor)
     while view:
         count = file.readinto(view)  # type: ignore[attr-defined]
         if not count:

@@ -9,11 +9,9 @@ A claim binds checkpoints of its own lineage only (model, data, seed, ...). Data
 left by `onMismatch: StartNew`, are neither made void nor revived by it.
 """
 
-import errno
 import json
 import os
 import re
-import secrets
 import socket
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -21,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from cptjob_trainer import failpoints
+from cptjob_trainer.disk import create
 from cptjob_trainer.errors import CheckpointError, OutputBusyError
 
 _CLAIM = re.compile(r"generation-(\d+)\.json")
-_NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 
 
 @dataclass(frozen=True)
@@ -86,48 +84,9 @@ def limit(all_claims: list[Claim], generation: int, lineage: str) -> int | None:
     return min(later, default=None)
 
 
-def create(path: Path, content: bytes) -> None:
-    """Create `path`, content and all, durably, at once; raises FileExistsError when it is there."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        _write_synced(temporary, content)
-        try:
-            os.link(temporary, path)
-        except OSError as error:
-            if error.errno not in _NO_LINKS:
-                raise
-            # No hard links here (some network volumes). A torn file shows by its digest.
-            _write_synced(path, content)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_directory(path.parent)
-
-
-def sync_directory(path: Path) -> None:
-    """Make creations and deletions of names in `path` durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in (
-            errno.EINVAL,
-            errno.ENOTSUP,
-        ):  # some network volumes sync no directories
-            raise
-    finally:
-        os.close(fd)
-
-
 def now() -> str:
     """The time in UTC as ISO text, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    with open(path, "xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _read(path: Path) -> Claim:

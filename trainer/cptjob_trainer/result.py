@@ -1,17 +1,22 @@
 """What a run is and what it leaves: the lineage that must match to continue, and the result."""
 
 import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cptjob_trainer import failpoints, output
-from cptjob_trainer.checkpoints import software
+from cptjob_trainer import failpoints, output, swap
+from cptjob_trainer.checkpoint_manifest import software
 from cptjob_trainer.config import DIVISION, TrainerConfig, digest
+from cptjob_trainer.disk import file_digest, sync_directory, write_json
 from cptjob_trainer.evaluate import HeldOut
 from cptjob_trainer.prepare import Prepared
+from cptjob_trainer.result_weights import whole
 from cptjob_trainer.state import LoopState
 
 log = logging.getLogger(__name__)
@@ -46,14 +51,14 @@ def publish(
     lora = config.training.lora if config.training.method == "LoRA" else None
     scale = None if lora is None else lora.alpha / lora.rank
     if rank == 0:
-        output.withdraw(out, adapter=lora is not None)
+        withdraw(out, adapter=lora is not None)
     output.publish_model(out, model_dir, weights, lora_scale=scale, rank=rank)
     if lora is not None:
-        whole = {n: _whole(tensor) for n, tensor in weights.items() if ".lora_" in n}
+        adapter = {n: whole(tensor) for n, tensor in weights.items() if ".lora_" in n}
         if rank == 0:
             output.publish_adapter(
                 out,
-                whole,
+                adapter,
                 rank=lora.rank,
                 alpha=lora.alpha,
                 dropout=lora.dropout,
@@ -62,7 +67,20 @@ def publish(
     if rank == 0:
         value = manifest(config, prepared, state, base, world)
         _report(out, value)
-        output.write_manifest(out, value)
+        write_manifest(out, value)
+
+
+def withdraw(out: Path, adapter: bool) -> None:
+    """Before a new result is put in place: what is there is no longer complete.
+
+    The manifest goes first, so that no crash can leave it beside another model. `adapter` says
+    whether the new result has one; otherwise an older one goes too.
+    """
+    with swap.writing(out):
+        (out / "manifest.json").unlink(missing_ok=True)
+        sync_directory(out)
+        if not adapter and (out / "adapter").exists():
+            shutil.rmtree(out / "adapter")
 
 
 def _report(out: Path, value: dict[str, Any]) -> None:
@@ -74,12 +92,6 @@ def _report(out: Path, value: dict[str, Any]) -> None:
         report.write_report(out, value)
     except Exception:
         log.exception("report.html could not be written; `cptjob report %s` tries again", out)
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    whole: torch.Tensor = full.detach().cpu()
-    return whole
 
 
 def manifest(
@@ -121,3 +133,22 @@ def manifest(
         "processes": world,
         "software": software(),
     }
+
+
+def write_manifest(out: Path, value: Mapping[str, Any]) -> Path:
+    """Write `OUT/manifest.json`, last of all: `value`, and each output file's size and SHA-256."""
+    path = out / "manifest.json"
+    with swap.writing(path):
+        files = {
+            str(file.relative_to(out)): asdict(file_digest(file))
+            for folder in ("adapter", "model")
+            for file in sorted((out / folder).rglob("*"))
+            if file.is_file()
+        }
+        failpoints.hit("output.manifest")
+        temporary = out / ".manifest.json.tmp"
+        temporary.unlink(missing_ok=True)
+        write_json(temporary, {**value, "files": files})
+        temporary.replace(path)
+        sync_directory(out)
+    return path

@@ -9,7 +9,6 @@ The key is made of the chunk's bytes, the tokenizer and the options, so a shard 
 what was prepared once is found again, also after an interruption or when lines were appended.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -29,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cptjob_trainer import documents, failpoints, lifeline, unfinished
+from cptjob_trainer.disk import is_full
 from cptjob_trainer.documents import Chunk
 from cptjob_trainer.encoder import Encoder
 from cptjob_trainer.errors import CPTJobError, DataError, OutputError, StorageFullError
@@ -42,9 +42,6 @@ KEPT_FAULTS = 100
 
 # Below this many bytes, starting processes takes longer than the work.
 _ALONE = 2 << 20
-
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -136,7 +133,7 @@ def process(chunk: Chunk, options: Options) -> Shard:
 
 
 def _storage_error(error: OSError, directory: Path) -> CPTJobError:
-    if error.errno in _FULL:
+    if is_full(error):
         return StorageFullError(
             f"{directory}: no space left for the tokenised data; make room and run again, what is "
             "finished is kept"

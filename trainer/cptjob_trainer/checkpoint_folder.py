@@ -1,0 +1,161 @@
+"""What a folder of checkpoints holds, and what follows from it: which one is continued, which are
+deleted.
+
+    checkpoints/
+      generation-<g>.json             who took over the run, from which step (generations.py)
+      step-<N>.<g>/rank-*.safetensors what each rank holds (dcp_storage.py)
+      step-<N>.<g>/manifest.json      says that it is complete (checkpoint_manifest.py)
+"""
+
+import hashlib
+import json
+import logging
+import re
+import shutil
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from cptjob_trainer import generations
+from cptjob_trainer.checkpoint_manifest import MANIFEST, read_manifest
+from cptjob_trainer.disk import sync_directory
+from cptjob_trainer.errors import CheckpointError
+
+_DIRECTORY: Final = re.compile(r"step-(\d+)\.(\d+)")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint directory whose manifest is whole; its files are unread."""
+
+    path: Path
+    step: int
+    generation: int
+    lineage: dict[str, Any]
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Of two checkpoints the newer has the greater one."""
+        return self.step, self.generation
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a folder holds: checkpoints that count, those made void by a claim, and the broken."""
+
+    counted: list[Stored]
+    void: list[Stored]
+    broken: list[tuple[Path, str]]
+
+    def of(self, lineage: dict[str, Any]) -> list[Stored]:
+        """The checkpoints of one run that count, newest first."""
+        mine = [stored for stored in self.counted if stored.lineage == lineage]
+        return sorted(mine, key=lambda stored: stored.order, reverse=True)
+
+    def others(self, lineage: dict[str, Any]) -> list[Stored]:
+        """The checkpoints of other runs that count."""
+        return [stored for stored in self.counted if stored.lineage != lineage]
+
+    def taken_over(self, lineage: dict[str, Any]) -> Stored | None:
+        """The newest checkpoint of another run, when one wrote here after the run of `lineage`."""
+        others = self.others(lineage)
+        if _last_written(others) <= _last_written(self.of(lineage)):
+            return None
+        return max(others, key=lambda stored: stored.order)
+
+    def unwanted(
+        self, lineage: dict[str, Any], keep: int, unusable: Collection[Path] = ()
+    ) -> list[Path]:
+        """All but the newest `keep` of the run, oldest first, then the broken; `unusable` ones
+        count for nothing.
+        """
+        mine = [stored.path for stored in self.of(lineage) if stored.path not in unusable]
+        kept = set(mine[:keep])
+        complete = sorted(self.counted + self.void, key=lambda stored: stored.order)
+        paths = [stored.path for stored in complete] + [path for path, _ in self.broken]
+        return [path for path in paths if path not in kept]
+
+
+def _last_written(stored: list[Stored]) -> tuple[int, int]:
+    return max(((each.generation, each.step) for each in stored), default=(-1, -1))
+
+
+def mismatch(stored: Stored, lineage: dict[str, Any]) -> str:
+    """One sentence naming each value that differs between a checkpoint and the run."""
+    absent = object()
+    parts = []
+    for key in sorted(stored.lineage.keys() | lineage.keys()):
+        theirs, ours = stored.lineage.get(key, absent), lineage.get(key, absent)
+        if theirs != ours:
+            told = ["absent" if value is absent else json.dumps(value) for value in (theirs, ours)]
+            parts.append(f"{key} is {told[0]} in the checkpoint and {told[1]} in this job")
+    return f"the checkpoint {stored.path} belongs to another run: {'; '.join(parts)}"
+
+
+def lineage_digest(lineage: dict[str, Any]) -> str:
+    """A short name for a lineage, for claims."""
+    text = json.dumps(lineage, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# -- on the disk -----------------------------------------------------------------------------------
+
+
+def scan(directory: Path, known: dict[Path, Stored] | None = None) -> Scan:
+    """Sort the checkpoints of `directory`, by manifests and claims alone.
+
+    Manifests never change, so those in `known` are not read again; new ones are put there. Raises
+    CheckpointError for an unreadable claim, ConfigError for a manifest of a newer program.
+    """
+    known = {} if known is None else known
+    found = Scan([], [], [])
+    claimed = generations.claims(directory)
+    for path in sorted(directory.iterdir()):
+        if not _DIRECTORY.fullmatch(path.name) or not (path / MANIFEST).exists():
+            continue
+        try:
+            stored = known[path] = known.get(path) or _stored(path)
+        except CheckpointError as error:
+            found.broken.append((path, str(error)))
+            continue
+        last = generations.limit(claimed, stored.generation, lineage_digest(stored.lineage))
+        (found.counted if last is None or stored.step <= last else found.void).append(stored)
+    return found
+
+
+def _stored(path: Path) -> Stored:
+    manifest = read_manifest(path)
+    return Stored(path, manifest["step"], manifest["generation"], manifest["lineage"])
+
+
+def newest_generation(directory: Path) -> int:
+    """The newest generation that claimed the run or wrote a checkpoint; 0 when none did."""
+    matches = (_DIRECTORY.fullmatch(path.name) for path in directory.iterdir())
+    return max([generations.newest(directory), *(int(match[2]) for match in matches if match)])
+
+
+def remove_incomplete(directory: Path, generation: int) -> list[Path]:
+    """Remove what generations before `generation` left half-written; the checkpoints among it."""
+    removed = []
+    for path in sorted(directory.iterdir()):
+        match = _DIRECTORY.fullmatch(path.name)
+        if match and int(match[2]) < generation and not (path / MANIFEST).exists():
+            remove(path)
+            removed.append(path)
+        elif path.name.startswith(".generation-"):
+            path.unlink(missing_ok=True)
+    return removed
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint, its manifest first: what a crash leaves of it does not count."""
+    try:
+        (path / MANIFEST).unlink(missing_ok=True)
+        sync_directory(path)
+        shutil.rmtree(path)
+    except OSError as error:
+        # What could not be deleted costs room, not the run.
+        _log.warning("cannot delete %s: %s", path, error)

@@ -1,0 +1,97 @@
+"""The manifest of a checkpoint: created last and once; without it a directory is nothing.
+
+It holds the loop's state, the lineage, and size and digest of every file, under a digest of its
+own, so that a torn or edited one is told from a whole one.
+"""
+
+import hashlib
+import json
+import os
+import platform
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+from cptjob_trainer.disk import file_digest
+from cptjob_trainer.errors import CheckpointError, ConfigError
+
+MANIFEST: Final = "manifest.json"
+FORMAT: Final = "cptjob-checkpoint"
+VERSION: Final = 1
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of directory `path`, if whole; else a CheckpointError says what is wrong."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{MANIFEST} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{MANIFEST} is not JSON: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{MANIFEST} is not that of a checkpoint")
+    if manifest.get("digest") != _digest(manifest):
+        raise CheckpointError(f"{MANIFEST} does not have the digest that it states")
+    if manifest["version"] != VERSION:
+        # Not skipped: going on without it would begin anew, and delete it in the end.
+        raise ConfigError(
+            f"{path / MANIFEST} has format version {manifest['version']}, this program reads "
+            f"{VERSION}; use the program that wrote it, or another output"
+        )
+    if path.name != f"step-{manifest['step']}.{manifest['generation']}":
+        raise CheckpointError(
+            f"{MANIFEST} is of step {manifest['step']}, generation {manifest['generation']}"
+        )
+    return manifest
+
+
+def faults(path: Path, manifest: dict[str, Any], names: list[str] | None = None) -> list[str]:
+    """What is wrong with files of a checkpoint: missing, other size or digest; [] when whole."""
+    files = manifest["files"]
+    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+        reports = pool.map(
+            lambda name: _fault(path / name, files[name]), files if names is None else names
+        )
+        return [report for report in reports if report]
+
+
+def _fault(path: Path, expected: dict[str, Any]) -> str | None:
+    try:
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            return f"{path.name} has {size} bytes, not {expected['bytes']}"
+        if file_digest(path).sha256 != expected["sha256"]:
+            return f"{path.name} does not have the digest that the manifest states"
+    except OSError as error:
+        return f"{path.name} cannot be read: {error.strerror}"
+    return None
+
+
+def size_of(manifest: dict[str, Any]) -> int:
+    """Bytes of all files that a manifest names."""
+    return sum(file["bytes"] for file in manifest["files"].values())
+
+
+def seal(manifest: dict[str, Any]) -> bytes:
+    """`manifest` as JSON with its own digest in it, a line for each field, file and tensor."""
+    fields = []
+    for key, value in {**manifest, "digest": _digest(manifest)}.items():
+        if key in ("files", "tensors"):
+            rows = (f"  {json.dumps(name)}: {json.dumps(value[name])}" for name in value)
+            fields.append(f" {json.dumps(key)}: {{\n" + ",\n".join(rows) + "\n }")
+        else:
+            fields.append(f" {json.dumps(key)}: {json.dumps(value)}")
+    return ("{\n" + ",\n".join(fields) + "\n}\n").encode()
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    plain = {key: value for key, value in manifest.items() if key != "digest"}
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def software() -> dict[str, str]:
+    """Versions on which exact continuation depends."""
+    packages = ("torch", "transformers", "peft", "safetensors", "tokenizers")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
