@@ -26,9 +26,10 @@ from cptjob_trainer import model as models
 from cptjob_trainer.checkpoints import Checkpoints
 from cptjob_trainer.config import TrainerConfig
 from cptjob_trainer.data import Batcher, Rows, to_device
+from cptjob_trainer.devices import flops_per_token
 from cptjob_trainer.loop import Runtime, Trainer
 from cptjob_trainer.loss import IGNORE
-from cptjob_trainer.metrics import MetricsLog, flops_per_token
+from cptjob_trainer.metrics import MetricsLog
 from cptjob_trainer.optimizer import build_optimizer, initialise_state
 from cptjob_trainer.prepare import Prepared, load_prepared
 from cptjob_trainer.reporter import Reporter

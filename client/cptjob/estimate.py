@@ -13,38 +13,20 @@ from typing import Any
 
 from cptjob.live import duration, si
 from cptjob_api.facts import ModelFacts
-from cptjob_trainer import request, shares
+from cptjob_trainer import devices, model_config, request, shares
 from cptjob_trainer.config import DatasetInput, TrainerConfig
+from cptjob_trainer.devices import DEVICES, Device
 from cptjob_trainer.errors import DataError, MissingInputError, UsageError
 from cptjob_trainer.shares import Share
 
-# English text under a vocabulary of 32k to 128k; other languages and small vocabularies have less.
-BYTES_PER_TOKEN = 4.0
+# A token has log2(vocabulary) bits, and of English text they stand for about two bits a byte: 2.75
+# bytes under 2k tokens and 4.25 under 128k. Other languages have less.
+BITS_PER_BYTE = 4.0
 # Part of the peak that training reaches on a GPU without tuning.
 DEFAULT_MFU = 0.35
 
-GIB = 1 << 30
 # Loss is taken over pieces of the rows of which the logits fit in this.
 LOGITS_BYTES = 256 << 20
-
-
-@dataclass(frozen=True)
-class Device:
-    """Peak bf16 FLOP/s without sparsity and memory, from the vendor's data sheet."""
-
-    flops: float
-    memory: int
-
-
-DEVICES = {
-    "H200": Device(989e12, 141_000_000_000),
-    "H100": Device(989e12, 80_000_000_000),
-    "A100-80GB": Device(312e12, 80_000_000_000),
-    "A100": Device(312e12, 40_000_000_000),
-    "L40S": Device(362e12, 48_000_000_000),
-    "L4": Device(121e12, 24_000_000_000),
-    "V100": Device(125e12, 16_000_000_000),
-}
 
 
 @dataclass(frozen=True)
@@ -56,6 +38,11 @@ class Shape:
     hidden: int
     vocabulary: int
 
+    @property
+    def bytes_per_token(self) -> float:
+        """Of the files of a data set."""
+        return math.log2(max(2, self.vocabulary)) / BITS_PER_BYTE
+
     @classmethod
     def read(cls, directory: Path) -> "Shape":
         """From config.json and the safetensors headers. Raises MissingInputError or DataError."""
@@ -63,19 +50,17 @@ class Shape:
         if facts.parameters is None:
             raise MissingInputError(f"{directory}: no readable .safetensors weights to count")
         config = json.loads((directory / "config.json").read_bytes())
-        text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
 
-        def number(*names: str) -> int:
-            for name in names:
-                if isinstance(text.get(name), int):
-                    return int(text[name])
-            raise DataError(f"{directory}/config.json: has none of {', '.join(names)}")
+        def known(what: str, number: int | None) -> int:
+            if number is None:
+                raise DataError(f"{directory}/config.json: does not say the {what} of the model")
+            return number
 
         return cls(
             facts.parameters,
-            number("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
-            number("hidden_size", "n_embd", "d_model"),
-            number("vocab_size"),
+            known("number of layers", model_config.layers(config)),
+            known("hidden size", model_config.width(config)),
+            known("vocabulary size", model_config.vocab_size(config)),
         )
 
 
@@ -141,27 +126,27 @@ def estimate(
     """Estimates a job. Speed: given, else of an earlier run of this output, else of a device."""
     training = config.training
     shape = Shape.read(config.model.path)
-    rows = count_rows(config)
+    rows = count_rows(config, shape)
     steps = shares.steps(rows.total, training.global_batch_size, training.max_steps)
-    devices = config.processes.world_size
+    count = config.processes.world_size
     return Estimate(
         shape=shape,
         rows=rows,
         steps=steps,
         tokens=min(rows.total, steps * training.global_batch_size) * training.max_length,
-        devices=devices,
-        memory=memory(config, shape, devices),
-        speed=_speed(config, shape, devices, tokens_per_second, device, mfu),
+        devices=count,
+        memory=memory(config, shape, count),
+        speed=_speed(config, shape, count, tokens_per_second, device, mfu),
     )
 
 
 # --- rows -----------------------------------------------------------------------------------------
 
 
-def count_rows(config: TrainerConfig) -> Rows:
+def count_rows(config: TrainerConfig, shape: Shape) -> Rows:
     """Rows of all epochs, General text included, by the arithmetic of the training."""
     counted = _prepared(config)
-    rows = counted or [_guess(config, dataset) for dataset in config.datasets]
+    rows = counted or [_guess(config, shape, dataset) for dataset in config.datasets]
     sources = [
         Share(dataset.name, dataset.role == "General", number, dataset.weight)
         for dataset, number in zip(config.datasets, rows, strict=True)
@@ -170,12 +155,12 @@ def count_rows(config: TrainerConfig) -> Rows:
     return Rows(total, tokens_are_counted=counted is not None)
 
 
-def _guess(config: TrainerConfig, dataset: DatasetInput) -> int:
+def _guess(config: TrainerConfig, shape: Shape, dataset: DatasetInput) -> int:
     """Rows of a data set from the size of its files; a split takes its part of each."""
     size = sum(file.stat().st_size for file in request.files(dataset.path))
     given = {held_out.role for held_out in config.validation.datasets}
     held_out = 0.0 if dataset.role in given else config.validation.split_percent / 100
-    tokens = (1 - held_out) * size / BYTES_PER_TOKEN
+    tokens = (1 - held_out) * size / shape.bytes_per_token
     return max(1, math.ceil(tokens / config.training.max_length))
 
 
@@ -205,8 +190,8 @@ def _read(file: Path) -> dict[str, Any] | None:
 # --- memory ---------------------------------------------------------------------------------------
 
 
-def memory(config: TrainerConfig, shape: Shape, devices: int) -> Memory:
-    """Bytes on one device while it trains.
+def memory(config: TrainerConfig, shape: Shape, count: int) -> Memory:
+    """Bytes on one of `count` devices while it trains.
 
     Weights, gradients and AdamW's two moments are 32-bit numbers, split over the devices. A layer's
     activations are 34 bytes a token and hidden unit in 16 bits (Korthikanti et al. 2022, without
@@ -222,9 +207,9 @@ def memory(config: TrainerConfig, shape: Shape, devices: int) -> Memory:
     else:
         activations = shape.layers * layer
     return Memory(
-        weights=4 * shape.parameters // devices,
-        gradients=4 * trained // devices,
-        optimizer=8 * trained // devices,
+        weights=4 * shape.parameters // count,
+        gradients=4 * trained // count,
+        optimizer=8 * trained // count,
         activations=activations,
         # Logits in 32 bits and their gradient.
         logits=min(2 * 4 * tokens * shape.vocabulary, LOGITS_BYTES),
@@ -243,18 +228,22 @@ def _trained(config: TrainerConfig, shape: Shape) -> int:
 
 
 def flops_per_token(config: TrainerConfig, shape: Shape) -> float:
-    """Forward and backward; 6 per weight, causal attention, a third more when recomputed."""
-    flops = 6.0 * shape.parameters
-    if config.training.method == "LoRA":
-        flops = 4.0 * shape.parameters  # no gradients of the frozen weights
-    flops += 6.0 * shape.layers * shape.hidden * config.training.max_length
-    return flops * 4 / 3 if config.training.activation_checkpointing == "Full" else flops
+    """What a device computes for a token: a third more than the training needs when recomputed."""
+    training = config.training
+    flops = devices.flops_per_token(
+        shape.parameters,
+        shape.layers,
+        shape.hidden,
+        training.max_length,
+        frozen=training.method == "LoRA",
+    )
+    return flops * 4 / 3 if training.activation_checkpointing == "Full" else flops
 
 
 def _speed(
     config: TrainerConfig,
     shape: Shape,
-    devices: int,
+    count: int,
     given: float | None,
     device: str | None,
     mfu: float,
@@ -264,7 +253,7 @@ def _speed(
     if device is not None:
         flops = find_device(device).flops
         each = flops * mfu / flops_per_token(config, shape)
-        return Speed(each * devices, f"{devices} x {device} at {mfu:.0%} of {si(flops)}FLOP/s")
+        return Speed(each * count, f"{count} x {device} at {mfu:.0%} of {si(flops)}FLOP/s")
     measured = _measured(config.paths.output / "metrics.jsonl")
     if measured is not None:
         return Speed(measured, "an earlier run of this output")
@@ -305,7 +294,8 @@ def render(config: TrainerConfig, answer: Estimate, device: str | None) -> str:
     """The estimate for a person."""
     training = config.training
     counted = "counted in the prepared data"
-    guessed = f"estimated from the size of the files at {BYTES_PER_TOKEN:g} bytes a token"
+    rule = f"{answer.shape.bytes_per_token:.3g} bytes a token"
+    guessed = f"estimated from the size of the files at {rule}; `cptjob prepare` counts them"
     lines = [
         ("model", f"{si(answer.shape.parameters)} parameters, {answer.shape.layers} layers"),
         ("steps", f"{answer.steps:,}, each {training.global_batch_size} x {training.max_length}"),
@@ -322,11 +312,11 @@ def render(config: TrainerConfig, answer: Estimate, device: str | None) -> str:
 
 def _memory_lines(answer: Estimate, device: str | None) -> list[tuple[str, str]]:
     part = answer.memory
-    total = f"{part.total / GIB:.1f} GiB"
+    total = _size(part.total)
     if device is not None:
         room = find_device(device).memory
         fits = "fits" if part.total < 0.9 * room else "does NOT fit"
-        total += f", which {fits} in {room / GIB:.0f} GiB"
+        total += f", which {fits} in {_size(room)}"
     parts = [
         ("  weights", part.weights),
         ("  gradients", part.gradients),
@@ -334,8 +324,17 @@ def _memory_lines(answer: Estimate, device: str | None) -> list[tuple[str, str]]
         ("  activations", part.activations),
         ("  logits", part.logits),
     ]
-    lines = [(name, f"{size / GIB:.2f} GiB") for name, size in parts]
-    return [("memory per device", total), *lines]
+    return [("memory per device", total), *((name, _size(size)) for name, size in parts)]
+
+
+def _size(size: int) -> str:
+    """Bytes with three digits and the unit that suits them."""
+    value, unit = float(size), "bytes"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1000:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.3g} {unit}"
 
 
 def _time_lines(answer: Estimate) -> list[tuple[str, str]]:
@@ -343,6 +342,17 @@ def _time_lines(answer: Estimate) -> list[tuple[str, str]]:
         return [("time", "not known; give --tokens-per-second N or --device NAME")]
     return [
         ("speed", f"{si(answer.speed.tokens_per_second)} tokens/s, by {answer.speed.source}"),
-        ("time", f"{duration(answer.hours * 3600)} ({answer.hours:.2f} hours)"),
-        ("GPU-hours", f"{answer.gpu_hours:.2f} ({answer.devices} devices)"),
+        ("time", _time(answer.hours * 3600)),
+        ("GPU-hours", f"{_hours(answer.gpu_hours)} ({answer.devices} devices)"),
     ]
+
+
+def _time(seconds: float) -> str:
+    """Without what comes before and after training: preparing, loading, evaluating, saving."""
+    if seconds < 1:
+        return "less than a second of training"
+    return f"{duration(seconds)} ({_hours(seconds / 3600)} hours) of training"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.2f}" if hours >= 0.01 else "less than 0.01"

@@ -35,7 +35,7 @@ def write_model(directory: Path) -> None:
     """Headers only: nothing here reads a weight."""
     directory.mkdir(parents=True)
     config = {"model_type": "llama", "max_position_embeddings": 512}
-    sizes = {"num_hidden_layers": 2, "hidden_size": 8, "vocab_size": 100}
+    sizes = {"num_hidden_layers": 2, "hidden_size": 8, "vocab_size": 65536}
     (directory / "config.json").write_text(json.dumps(config | sizes))
     header = {
         "a": {"dtype": "F32", "shape": [100, 8], "data_offsets": [0, 3200]},

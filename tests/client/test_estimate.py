@@ -1,10 +1,11 @@
 """Estimates against numbers worked out by hand.
 
-8000 bytes / 4 = 2000 tokens = 20 rows of 100. Two epochs: 40 rows; batches of 2: 20 steps;
-4000 tokens.
+A vocabulary of 65536 has 4 bytes a token: 8000 bytes / 4 = 2000 tokens = 20 rows of 100. Two
+epochs: 40 rows; batches of 2: 20 steps; 4000 tokens.
 """
 
 import json
+import math
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -63,10 +64,10 @@ def test_memory_by_hand(place: Path) -> None:
     part = estimate(_config(place)).memory
     # 1000 weights in 32 bits, as many gradients, two moments each.
     assert (part.weights, part.gradients, part.optimizer) == (4000, 4000, 8000)
-    # 2 layers, 2 rows of 100 tokens, 8 wide, 17 numbers of 4 bytes; logits over 100 words, twice.
+    # 2 layers, 2 rows of 100 tokens, 8 wide, 17 numbers of 4 bytes; logits over 65536 words, twice.
     assert part.activations == 2 * 200 * 8 * 17 * 4
-    assert part.logits == 2 * 4 * 200 * 100
-    assert part.total == 4000 + 4000 + 8000 + 217_600 + 160_000
+    assert part.logits == 2 * 4 * 200 * 65536
+    assert part.total == 4000 + 4000 + 8000 + 217_600 + 104_857_600
 
 
 def test_memory_is_split_over_devices_where_it_is_sharded(place: Path) -> None:
@@ -120,3 +121,21 @@ def test_the_command_says_where_its_numbers_come_from(cptjob: Cli) -> None:
     assert "0:06:40 (0.11 hours)" in done.stdout
     unknown = cptjob("estimate", "job.yaml")
     assert "give --tokens-per-second N or --device NAME" in unknown.stdout
+
+
+def test_a_small_job_has_figures_too(cptjob: Cli) -> None:
+    done = cptjob("estimate", "job.yaml", "--tokens-per-second", "1e4")
+    assert "weights         3.91 KiB\n" in done.stdout
+    assert "memory per device 100 MiB\n" in done.stdout
+    assert "time              less than a second of training\n" in done.stdout
+    assert " 0.0 " not in done.stdout
+
+
+@pytest.mark.parametrize(("vocabulary", "tokens"), [(2048, 8000 / 2.75), (131_072, 8000 / 4.25)])
+def test_a_larger_vocabulary_makes_fewer_tokens(
+    place: Path, vocabulary: int, tokens: float
+) -> None:
+    config = place / "volumes" / "models" / "small" / "config.json"
+    config.write_text(config.read_text().replace("65536", str(vocabulary)))
+    rows = math.ceil(tokens / 100)
+    assert estimate(_config(place)).rows.total == 2 * rows

@@ -6,7 +6,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cptjob_trainer.errors import StorageFullError
-from cptjob_trainer.metrics import MetricsLog, flops_per_token, peak_flops, read_metrics
+from cptjob_trainer.metrics import MetricsLog, read_metrics
 
 
 def test_a_run_that_goes_on_drops_what_was_written_beyond_its_step(tmp_path: Path) -> None:
@@ -39,18 +39,6 @@ def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
     ]
     assert events.Scalars("tokensBySource/law")[-1].value == 7.0
     assert events.Scalars("evaluation/heldout_domain_loss")[-1].value == 5.0
-
-
-def test_flops_count_parameters_and_causal_attention() -> None:
-    assert flops_per_token(100, layers=2, width=8, length=16) == 6 * 100 + 6 * 2 * 8 * 16
-
-
-@pytest.mark.parametrize(
-    ("name", "peak"),
-    [("NVIDIA H100 80GB HBM3", 989e12), ("Tesla V100-SXM2", 125e12), ("cpu", None)],
-)
-def test_peaks_are_known_by_the_devices_name(name: str, peak: float | None) -> None:
-    assert peak_flops(name) == peak
 
 
 def test_a_full_disk_is_told_as_such(tmp_path: Path) -> None:

@@ -10,16 +10,6 @@ from typing import Any
 
 from cptjob_trainer.errors import OutputError, StorageFullError
 
-# Peak bf16 matrix throughput without sparsity, FLOP/s, from NVIDIA's data sheets.
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "V100": 125e12,
-}
-
 
 class MetricsLog:
     """Appends JSON lines. Opened at a step, it first drops what an abandoned attempt wrote beyond it."""
@@ -94,17 +84,3 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
                 continue
             if isinstance(line, dict) and isinstance(line.get("step"), int):
                 yield line
-
-
-def flops_per_token(parameters: int, layers: int, width: int, length: int) -> float:
-    """Training FLOPs of one token: 6 per parameter, and 6 * layers * width * length for causal scores.
-
-    PaLM (arXiv 2204.02311, appendix B) counts 12 * layers * width * length for full attention; a causal
-    mask computes half of it.
-    """
-    return 6.0 * parameters + 6.0 * layers * width * length
-
-
-def peak_flops(device_name: str) -> float | None:
-    """Peak FLOP/s of a device by its name, None when it is not in the table."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)

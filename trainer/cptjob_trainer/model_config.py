@@ -12,6 +12,7 @@ _POSITIONS = (
     "seq_length",
     "max_sequence_length",
 )
+_WIDTHS = ("hidden_size", "n_embd", "d_model")
 
 
 def max_positions(config: dict[str, Any]) -> int | None:
@@ -22,6 +23,22 @@ def max_positions(config: dict[str, Any]) -> int | None:
 def vocab_size(config: dict[str, Any]) -> int | None:
     """Rows of the embedding table."""
     return first_number(config, ("vocab_size",))
+
+
+def embedding_width(config: dict[str, Any]) -> int | None:
+    """Columns of the embedding table, which a few architectures project to the width of a layer."""
+    names = ("word_embed_proj_dim", "input_embedding_size", "embedding_size", *_WIDTHS)
+    return first_number(config, names)
+
+
+def width(config: dict[str, Any]) -> int | None:
+    """Hidden units between two layers."""
+    return first_number(config, _WIDTHS)
+
+
+def layers(config: dict[str, Any]) -> int | None:
+    """Layers of the decoder."""
+    return first_number(config, ("num_hidden_layers", "n_layer", "num_layers", "n_layers"))
 
 
 def first_number(config: dict[str, Any], names: tuple[str, ...]) -> int | None:

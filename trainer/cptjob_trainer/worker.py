@@ -26,9 +26,10 @@ from cptjob_trainer import model as models
 from cptjob_trainer.checkpoints import Checkpoints
 from cptjob_trainer.config import TrainerConfig
 from cptjob_trainer.data import Batcher, to_device
+from cptjob_trainer.devices import flops_per_token, peak_flops
 from cptjob_trainer.errors import Stopped
 from cptjob_trainer.loop import Runtime, Trainer, checkpoint_tensors
-from cptjob_trainer.metrics import MetricsLog, flops_per_token, peak_flops
+from cptjob_trainer.metrics import MetricsLog
 from cptjob_trainer.model import LossModel
 from cptjob_trainer.optimizer import build_optimizer, initialise_state
 from cptjob_trainer.prepare import Prepared, load_prepared
@@ -129,6 +130,7 @@ def _train(
         len(models.decoder_layers(lm)),
         int(getattr(lm.config, "hidden_size", 0)),
         prepared.max_length,
+        frozen=training.method == "LoRA",
     )
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     reporter = Reporter(rank, flops, _peak(name, world), float(training.epochs))
