@@ -64,7 +64,7 @@ def _print_error(message: str) -> None:
 
 
 def _usage(error: click.ClickException) -> str:
-    message = error.format_message().replace("\n", " ")
+    message = error.format_message().replace("\n", " ").rstrip(".")
     context = getattr(error, "ctx", None)
     return f"{message}; see {context.command_path} --help" if context else message
 
@@ -123,7 +123,7 @@ def run(file: Path, output: Path | None, volumes: tuple[str, ...], processes: in
             click.echo(f"{out} is complete already; nothing is left to do.")
         click.echo(summary(out))
     elif ending.exit_code in (local.STOPPED, local.KILLED):
-        click.echo(f"Stopped: {ending.message}", err=True)
+        click.echo(ending.message[:1].upper() + ending.message[1:], err=True)
         click.echo(f"To continue: {_again()}", err=True)
     else:
         _print_error(ending.message)
@@ -201,8 +201,10 @@ def validate(
 ) -> int:
     """Check the manifest in FILE; with --data also the model and every line of the data."""
     from cptjob import jobs
+    from cptjob.volumes import Volumes
 
     if not data:
+        Volumes.parse(volumes)
         manifest, job = jobs.read(file)
         for note in manifest.notes:
             click.echo(f"note: {note}", err=True)

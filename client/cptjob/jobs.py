@@ -1,6 +1,8 @@
 """From a manifest on disk to what a trainer is told on this machine."""
 
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +51,24 @@ def _with_line(manifest: Manifest, job: CPTJob, text: str) -> str:
 def load(path: Path, output: Path | None, volumes: Volumes, processes: int | None) -> LocalJob:
     """Reads, resolves and places a job. Its inputs must be there."""
     manifest, job = read(path)
+    with _lines_of(manifest, job):
+        return _load(manifest, job, output, volumes, processes)
+
+
+@contextmanager
+def _lines_of(manifest: Manifest, job: CPTJob) -> Iterator[None]:
+    """Puts file and line in front of a message that begins with a field."""
+    try:
+        yield
+    except (ConfigError, MissingInputError) as error:
+        if not str(error).startswith("spec."):
+            raise
+        raise type(error)(_with_line(manifest, job, str(error))) from error
+
+
+def _load(
+    manifest: Manifest, job: CPTJob, output: Path | None, volumes: Volumes, processes: int | None
+) -> LocalJob:
     spec = job.spec
     model = volumes.locate_input("spec.model.storageUri", spec.model.storage_uri)
     for index, dataset in enumerate(spec.datasets):

@@ -51,12 +51,14 @@ class Volumes:
         return path
 
     def _explain(self, field: str, uri: str, path: Path, error: OSError) -> str:
+        here = f"{field}: {uri} is {path} here"
         if error.errno not in (errno.ENOENT, errno.ENOTDIR):
-            return f"{field}: {uri} is {path} here, which cannot be read: {error.strerror}"
+            return f"{here}, which cannot be read: {error.strerror}; check its permissions"
         storage = Storage.parse(uri)
-        if storage.scheme != "pvc" or storage.place in self._directories:
-            return f"{field}: {uri} is {path} here, and there is no such path"
-        return (
-            f"{field}: {uri} is {path} here, and there is no such path; "
-            f"put it there or give --volume {storage.place}=DIR"
-        )
+        if storage.scheme != "pvc":
+            advice = "put it there or correct the path"
+        elif storage.place in self._directories:
+            advice = f"put it there, or correct the path or --volume {storage.place}"
+        else:
+            advice = f"put it there or give --volume {storage.place}=DIR"
+        return f"{here}, and there is no such path; {advice}"

@@ -38,6 +38,7 @@ def test_a_local_run_needs_no_torch_in_the_client() -> None:
         (("run",), "Missing argument 'FILE'"),
         (("run", "job.yaml", "--processes", "0"), "--processes"),
         (("run", "job.yaml", "--volume", "models"), "--volume models: write --volume CLAIM=DIR"),
+        (("validate", "job.yaml", "--volume", "models"), "--volume models: write --volume CLAIM"),
         (("estimate", "job.yaml", "--device", "H9"), "--device H9: not known; give one of H200"),
     ],
 )
@@ -47,6 +48,7 @@ def test_a_wrong_command_is_one_line_and_64(
     done = cptjob(*arguments)
     assert done.returncode == UsageError.exit_code
     assert message in done.stderr
+    assert ".;" not in done.stderr
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1
     assert done.stdout == ""
@@ -58,11 +60,18 @@ def test_a_wrong_command_is_one_line_and_64(
         ("epochs: 2", "epocks: 2", 78, "job.yaml:11: spec.training.epocks: unknown field; did you"),
         ("epochs: 2", "epochs: two", 78, "job.yaml:11: spec.training.epochs: must be a whole numb"),
         ("spec:", "spec: [", 78, "job.yaml:"),
-        ("models/small", "models/other", 66, "spec.model.storageUri: pvc://models/other is"),
-        ("data/law", "data/laws", 66, "spec.datasets[0].storageUri: pvc://data/laws is"),
+        ("models/small", "models/other", 66, "job.yaml:6: spec.model.storageUri: pvc://models/oth"),
+        ("data/law", "data/laws", 66, "job.yaml:8: spec.datasets[0].storageUri: pvc://data/laws"),
+        ("pvc://models/small", "file://lost", 66, "no such path; put it there or correct the path"),
         ("pvc://models/small", "s3://bucket/small", 78, "job.yaml:6: spec.model.storageUri: s3://"),
-        ("maxLength: 100", "maxLength: 513", 78, "more than the model's 512 positions"),
-        ("  output:", "  #output:", 78, "spec.output.storageUri: not given"),
+        ("maxLength: 100", "maxLength: 513", 78, "job.yaml:12: spec.training.maxLength: 513 is mo"),
+        (
+            "precision: Float32",
+            "schedule: {minLearningRate: 0.001}",
+            78,
+            "job.yaml:14: spec.training.schedule.minLearningRate: 0.001 is not less",
+        ),
+        ("  output:", "  #output:", 78, "job.yaml:5: spec.output.storageUri: not given"),
     ],
 )
 def test_a_bad_manifest_says_what_and_where(

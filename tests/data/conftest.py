@@ -108,10 +108,12 @@ def write_model(directory: Path, tokenizer: Tokenizer | None = None, **config: A
         "model_type": "llama",
         "vocab_size": tokenizer.get_vocab_size(),
         "max_position_embeddings": 256,
+        "hidden_size": 4,
     }
     (directory / "config.json").write_text(json.dumps(content | config))
+    rows = (content | config)["vocab_size"]
     weights = {
-        "model.embed_tokens.weight": np.zeros((16, 4), np.float32),
+        "model.embed_tokens.weight": np.zeros((rows, 4), np.float32),
         "model.norm.weight": np.ones(4, np.float32),
     }
     save_file(weights, directory / "model.safetensors")

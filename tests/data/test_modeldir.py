@@ -24,7 +24,7 @@ from cptjob_trainer.modeldir import check_model
 def test_a_good_directory_is_described(model: Path) -> None:
     info = check_model(model)
     assert info.architecture == "LlamaForCausalLM"
-    assert info.parameters == 16 * 4 + 4
+    assert info.parameters == info.vocab_size * 4 + 4
     assert info.dtype == "float32"
     assert info.max_positions == 256
     assert info.files == (model / "model.safetensors",)
@@ -178,6 +178,17 @@ REFUSED: dict[str, tuple[Change, type[CPTJobError], str]] = {
         MissingInputError,
         "model.safetensors.index.json is missing",
     ),
+    "a vocabulary of other weights": (
+        lambda m: set_config(m, vocab_size=1000),
+        DataError,
+        r"config.json: gives a vocabulary of 1000, and model.embed_tokens.weight in "
+        r"model.safetensors has \d+; copy config.json and weights of one model",
+    ),
+    "a width of other weights": (
+        lambda m: set_config(m, hidden_size=576),
+        DataError,
+        "gives a hidden size of 576, and model.embed_tokens.weight in model.safetensors has 4;",
+    ),
     "a wrong index": (shard_with_wrong_index, DataError, "tensor c is missing"),
 }
 
@@ -252,6 +263,18 @@ def test_shards_are_counted_together(model: Path) -> None:
     assert [file.name for file in info.files] == ["model-1.safetensors", "model-2.safetensors"]
 
 
+def test_rows_beyond_the_vocabulary_are_right_where_the_architecture_has_them(model: Path) -> None:
+    size = check_model(model).vocab_size
+    assert size is not None
+    set_config(model, model_type="mllama", vocab_size=size - 8)
+    assert check_model(model).vocab_size == size - 8
+
+
+def test_a_projected_embedding_has_a_width_of_its_own(model: Path) -> None:
+    set_config(model, model_type="opt", hidden_size=16, word_embed_proj_dim=4)
+    assert check_model(model).architecture == "LlamaForCausalLM"
+
+
 def test_the_fingerprint_tells_models_apart(model: Path) -> None:
     before = check_model(model)
     assert check_model(model).fingerprint == before.fingerprint
@@ -301,7 +324,7 @@ POSITIONS = st.dictionaries(
 def test_the_client_reads_the_same_facts_as_prepare(
     outer: dict[str, int | None], inner: dict[str, int | None], model: Path
 ) -> None:
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 99}
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     whole = config | outer | {"text_config": inner}
     (model / "config.json").write_text(json.dumps(whole))
     info, facts = check_model(model), ModelFacts.from_directory(model)

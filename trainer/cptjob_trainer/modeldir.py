@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import stat
 from dataclasses import dataclass
 from functools import lru_cache
@@ -54,6 +55,11 @@ _COMPRESSED = {
     b"Rar!": "rar",
 }
 
+# The input embedding's names, over the architectures of transformers.
+_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)\.weight$")
+# Architectures whose table has rows beyond the vocabulary.
+_SPARE_ROWS = ("mllama", "moshi")
+
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -85,6 +91,7 @@ def check_model(path: Path) -> ModelInfo:
     files = _weights(path, names)
     headers = {file: _header(file) for file in files}
     _check_index(path, names, headers)
+    _check_widths(path, config, headers)
     counts = _numbers_by_type(headers.values())
     main_type = max(counts, key=lambda name: counts[name], default="F32")
     return ModelInfo(
@@ -367,6 +374,28 @@ def _check_index(path: Path, names: list[str], headers: dict[Path, Header]) -> N
                 f"{path / file}: tensor {tensor} is missing, which {INDEX} promises; copy the "
                 "model again"
             )
+
+
+def _check_widths(path: Path, config: dict[str, Any], headers: dict[Path, Header]) -> None:
+    """The configuration's sizes are those of the embedding table, if one has a known name."""
+    spare = str(config.get("model_type")).startswith(_SPARE_ROWS)
+    said = {
+        "vocabulary": None if spare else model_config.vocab_size(config),
+        "hidden size": model_config.embedding_width(config),
+    }
+    tables = [
+        (file, tensor)
+        for file, header in headers.items()
+        for tensor in header.tensors
+        if _EMBEDDING.search(tensor.name) and tensor.dtype in _DTYPES and len(tensor.shape) == 2
+    ]
+    for file, tensor in tables:
+        for (what, wanted), found in zip(said.items(), tensor.shape, strict=True):
+            if wanted not in (None, found):
+                raise DataError(
+                    f"{path / 'config.json'}: gives a {what} of {wanted}, and {tensor.name} in "
+                    f"{file.name} has {found}; copy config.json and weights of one model"
+                )
 
 
 def _numbers_by_type(headers: Any) -> dict[str, int]:
