@@ -59,7 +59,7 @@ def prepared_data(model: Path, data: Path, output: Path) -> Path:
 
 def rows_arm(prepared: Path, _config: Path, place: float) -> float:
     """Seconds to open the data and read the rows of one step."""
-    from cptjob_trainer.prepare import load_prepared
+    from cptjob_trainer.prepared import load_prepared
 
     start = time.perf_counter()
     data = load_prepared(prepared)
@@ -75,7 +75,7 @@ def step_arm(prepared: Path, config: Path, place: float) -> float:
     """Seconds until the trainer has finished a step."""
     from cptjob_trainer import worker
     from cptjob_trainer.loop import Trainer
-    from cptjob_trainer.prepare import load_prepared
+    from cptjob_trainer.prepared import load_prepared
     from cptjob_trainer.state import LoopState
 
     class Done(Exception):

@@ -33,7 +33,8 @@ from cptjob_trainer.config import (
     ResolvedTraining,
     TrainerConfig,
 )
-from cptjob_trainer.prepare import Prepared, prepare
+from cptjob_trainer.prepare import prepare
+from cptjob_trainer.prepared import Prepared
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = "HF as it comes"

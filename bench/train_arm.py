@@ -31,7 +31,7 @@ from cptjob_trainer.loop import Runtime, Trainer
 from cptjob_trainer.loss import IGNORE
 from cptjob_trainer.metrics import MetricsLog
 from cptjob_trainer.optimizer import build_optimizer, initialise_state
-from cptjob_trainer.prepare import Prepared, load_prepared
+from cptjob_trainer.prepared import Prepared, load_prepared
 from cptjob_trainer.reporter import Reporter
 from cptjob_trainer.state import LoopState
 

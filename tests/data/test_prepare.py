@@ -18,6 +18,7 @@ from tokenizers.trainers import BpeTrainer
 
 from cptjob_trainer import documents, failpoints, tokens
 from cptjob_trainer.config import Data, TrainerConfig
+from cptjob_trainer.corpus import VALIDATE, Corpus
 from cptjob_trainer.errors import (
     ConfigError,
     CPTJobError,
@@ -26,7 +27,8 @@ from cptjob_trainer.errors import (
     Stopped,
     StorageFullError,
 )
-from cptjob_trainer.prepare import Prepared, _Preparation, check, load_prepared, main, prepare
+from cptjob_trainer.prepare import check, main, prepare
+from cptjob_trainer.prepared import Prepared, load_prepared
 from cptjob_trainer.rows import Source
 
 Job = Callable[..., TrainerConfig]
@@ -724,15 +726,13 @@ def test_faults_are_kept_up_to_a_limit_in_all_and_counted_beyond(
 ) -> None:
     monkeypatch.setattr(documents, "CHUNK", 300)
     path = make.lines(tmp_path / "data.jsonl", ["[]"] * 5000)
-    work = _Preparation(job(path), lambda what, done, total: None, lambda: False, 1, packs)
-    inputs = work._inputs()
-    work._process(inputs, tokens.Options(None, None), "Validating")
-    assert len(inputs[0].shards) > 40
-    assert not any(shard.faults for shard in inputs[0].shards)
-    assert len(work.faults.lines) == 200
-    assert work.faults.bad_lines == 5000
+    corpus = Corpus(job(path))
     with pytest.raises(DataError, match=r"the data has 5000 faults(.|\n)*and 4980 more"):
-        work._raise_faults(inputs)
+        corpus.read(VALIDATE, lambda done, total: None, stop=lambda: False, processes=1)
+    assert len(corpus.given[0].shards) > 40
+    assert not any(shard.faults for shard in corpus.given[0].shards)
+    assert len(corpus.faults.lines) == 200
+    assert corpus.faults.bad_lines == 5000
 
 
 def test_the_command_prepares_checks_and_exits_with_the_fault_code(

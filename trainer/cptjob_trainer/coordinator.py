@@ -25,7 +25,7 @@ from cptjob_trainer.termination import Termination
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import TCPStore
 
-    from cptjob_trainer.prepare import Prepared
+    from cptjob_trainer.prepared import Prepared
 
 _POLL_SECONDS = 0.25
 _READ_BYTES = 1 << 24

@@ -15,7 +15,7 @@ from cptjob_trainer.checkpoint_manifest import software
 from cptjob_trainer.config import DIVISION, TrainerConfig, digest
 from cptjob_trainer.disk import file_digest, sync_directory, write_json
 from cptjob_trainer.evaluate import HeldOut
-from cptjob_trainer.prepare import Prepared
+from cptjob_trainer.prepared import Prepared
 from cptjob_trainer.result_weights import whole
 from cptjob_trainer.state import LoopState
 

@@ -1,0 +1,76 @@
+"""What is worth a warning in a job's data: each rule gives one sentence or none."""
+
+from dataclasses import dataclass
+
+# Below so many domain tokens, a run of several epochs learns by heart.
+_LITTLE_DATA = 100_000
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the rules look at. `rows` are drawn in all, `batch` of them a step."""
+
+    packed: bool
+    rows: int
+    batch: int
+    epochs: float
+    domain_tokens: int
+    held_out: bool
+    bad_lines: int
+
+
+def warnings(counts: Counts) -> list[str]:
+    """What the rules have to say, in their order."""
+    said = (rule(counts) for rule in _RULES)
+    return [sentence for sentence in said if sentence is not None]
+
+
+def _rows_of_one_document(counts: Counts) -> str | None:
+    if counts.packed:
+        return None
+    return (
+        "this architecture mixes documents that share a row, so each row holds one document; "
+        "short documents waste compute"
+    )
+
+
+def _half_empty_last_step(counts: Counts) -> str | None:
+    steps = -(-counts.rows // counts.batch)
+    empty = steps * counts.batch - counts.rows
+    if empty <= steps * counts.batch / 10:
+        return None
+    return (
+        f"training.globalBatchSize: the last step has {counts.batch - empty} rows of "
+        f"{counts.batch}, and there are only {steps} steps; a smaller batch wastes less"
+    )
+
+
+def _little_to_learn_from(counts: Counts) -> str | None:
+    if counts.domain_tokens >= _LITTLE_DATA:
+        return None
+    return (
+        f"datasets: {counts.domain_tokens} tokens of domain text are little to learn from, and "
+        f"{counts.epochs} epoch(s) of them may overfit; watch the held-out loss"
+    )
+
+
+def _nothing_held_out(counts: Counts) -> str | None:
+    if counts.held_out:
+        return None
+    return (
+        "validation: nothing is held out, so nothing shows over-fitting or forgetting; set "
+        "validation.splitPercent or validation.datasets"
+    )
+
+
+def _bad_lines(counts: Counts) -> str | None:
+    return f"data: {counts.bad_lines} bad lines were skipped" if counts.bad_lines else None
+
+
+_RULES = (
+    _rows_of_one_document,
+    _half_empty_last_step,
+    _little_to_learn_from,
+    _nothing_held_out,
+    _bad_lines,
+)
