@@ -18,6 +18,7 @@ PACKAGES = {
 PARTS = {
     "client/cptjob": {"client"},
     "crds/cptjob_api": set[str](),
+    "operator/cptjob_operator": {"operator"},
     "trainer/cptjob_trainer": {"trainer", "demo"},
 }
 
@@ -38,8 +39,8 @@ def imported(part: str) -> set[str]:
                 names |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
                 names.add(node.module.partition(".")[0])
-    ours = {"cptjob", "cptjob_api", "cptjob_trainer", *sys.stdlib_module_names}
-    return {PACKAGES.get(name, name) for name in names - ours}
+    ours = {"cptjob", "cptjob_api", "cptjob_operator", "cptjob_trainer"}
+    return {PACKAGES.get(name, name) for name in names - ours - sys.stdlib_module_names}
 
 
 @pytest.mark.parametrize("part", PARTS)
