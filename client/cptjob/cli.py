@@ -149,11 +149,11 @@ def _again() -> str:
 
 def summary(out: Path) -> str:
     """Where everything is, what the training did to held-out losses, and how to use the model."""
-    metrics: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        metrics = json.loads((out / "manifest.json").read_bytes()).get("metrics", {})
+    manifest: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):
+        manifest = dict(json.loads((out / "manifest.json").read_bytes()))
     shown = _shown(out)
-    lines = [_losses(metrics, role) for role in ("domain", "general")]
+    lines = [_losses(manifest, role) for role in ("domain", "general")]
     lines += ["", f"Model:        {shown / 'model'}"]
     if (out / "adapter").is_dir():
         lines.append(f"Adapter:      {shown / 'adapter'}")
@@ -167,12 +167,14 @@ def summary(out: Path) -> str:
     return "\n".join(lines)
 
 
-def _losses(metrics: dict[str, Any], role: str) -> str:
+def _losses(manifest: dict[str, Any], role: str) -> str:
+    metrics, unknown = manifest.get("metrics", {}), manifest.get("notFinite", {})
     after = metrics.get(f"heldout_{role}_loss")
     before = metrics.get(f"heldout_{role}_loss_base")
+    reason = unknown.get(f"heldout_{role}_loss") or unknown.get(f"heldout_{role}_loss_base")
     name = f"Held-out loss, {role} text:"
     if not isinstance(after, int | float) or not isinstance(before, int | float):
-        return f"{name:<29}not measured"
+        return f"{name:<29}{reason or 'not measured'}"
     return f"{name:<29}{before:.4f} before, {after:.4f} after ({after - before:+.4f})"
 
 

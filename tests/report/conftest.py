@@ -33,6 +33,17 @@ class Run:
         losses = {"Domain": 4.0, "General": 3.0}
         return {role: losses[role] for role in losses if role in self.sources.values()}
 
+    @property
+    def entries(self) -> list[dict[str, Any]]:
+        return [
+            {"name": name, "role": role, "documents": 10, "tokens": 4096, "rows": 8}
+            for name, role in self.sources.items()
+        ]
+
+    @property
+    def quotas(self) -> list[int]:
+        return [800 // (at + 1) for at in range(len(self.sources))]
+
     def heldout(self, step: int) -> dict[str, float]:
         """Domain text is learnt (down by 0.5 at most) and general text forgotten (up by 0.25)."""
         values = {}
@@ -71,13 +82,14 @@ class Run:
         return {
             "version": 1,
             "jobName": self.name,
-            "digest": "0123abcd",
+            "digest": "feedbeef",
             "parentModel": {"uri": self.model, "fingerprint": "f"},
             "data": {
+                "prepared": "0123abcd",
                 "sources": [
-                    {"name": name, "role": role, "documents": 10, "tokens": 4096, "rows": 8}
-                    for name, role in self.sources.items()
-                ]
+                    entry | {"quota": quota}
+                    for entry, quota in zip(self.entries, self.quotas, strict=True)
+                ],
             },
             "settings": {"method": "Full", "learningRate": 2e-5, "schedule": {"type": "Cosine"}},
             "totalSteps": self.total,
@@ -96,12 +108,7 @@ class Run:
         """The files of a run that has not written its manifest."""
         prepared = self.out / "prepared" / "0123abcd"
         prepared.mkdir(parents=True)
-        entries = [
-            {"name": name, "role": role, "documents": 10, "tokens": 4096, "rows": 8}
-            for name, role in self.sources.items()
-        ]
-        quotas = [800 // (at + 1) for at in range(len(self.sources))]
-        value = {"totalSteps": self.total, "quotas": quotas, "sources": entries, "warnings": []}
+        value = {"totalSteps": self.total, "quotas": self.quotas, "sources": self.entries}
         (prepared / "prepared.json").write_text(json.dumps(value))
         by_source = {name: self.base[role] for name, role in self.sources.items()}
         bases = {"byRole": self.base, "bySource": by_source, "tokens": 1000}

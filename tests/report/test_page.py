@@ -146,6 +146,24 @@ def test_without_any_held_out_data_the_page_says_that_nothing_is_measured(
     assert PLOTS[1] not in found.titles
 
 
+def test_a_last_batch_that_is_filled_up_does_not_flatten_the_padding_of_the_others(
+    run: Any, page: Any
+) -> None:
+    out = run.write()
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    at = next(n for n, line in enumerate(lines) if line.startswith('{"step": 200, "loss"'))
+    lines[at] = json.dumps({**run.step(200), "padding": 0.875})
+    (out / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    found = page(write_report(out, run.manifest()))
+    drawing = found.drawings[PLOTS.index("Waiting and padding")]
+    ticks = [
+        float(tick) for tick in re.findall(r"([\d.]+) % ", drawing.partition("on average.")[2])
+    ]
+    assert ticks
+    assert max(ticks) < 10
+    assert "Without the last step, whose batch is filled up: 88 % padding." in found.text
+
+
 def test_skipped_steps_are_marked_and_counted(run: Any, page: Any) -> None:
     run.skipped = frozenset([3, 120])
     found = page(write_report(run.write(), run.manifest()))

@@ -1,5 +1,6 @@
 """metrics.jsonl and TensorBoard's events tell of one lineage, however often a run was cut short."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,11 @@ def test_a_full_disk_is_told_as_such(tmp_path: Path) -> None:
     log._file = open("/dev/full", "a")  # noqa: SIM115
     with pytest.raises(StorageFullError, match="goes on from the last checkpoint"):
         log.write(step=1, loss=1.0)
+
+
+def test_what_is_no_number_is_null_in_the_file(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0)
+    log.write(step=1, evaluation={"heldout_domain_loss": float("nan"), "heldout/law": 2.0})
+    log.close()
+    line = {"step": 1, "evaluation": {"heldout_domain_loss": None, "heldout/law": 2.0}}
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == line

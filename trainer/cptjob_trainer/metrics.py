@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,7 +50,7 @@ class MetricsLog:
     def write(self, **values: Any) -> None:
         """One line, at once visible to readers."""
         with self._on_disk():
-            self._file.write(json.dumps(values) + "\n")
+            self._file.write(json.dumps(finite(values)) + "\n")
             self._file.flush()
         if self._events is not None:
             for name, number in _scalars(values):
@@ -61,6 +62,13 @@ class MetricsLog:
         with self._on_disk():
             os.fsync(self._file.fileno())
             self._file.close()
+
+
+def finite(value: Any) -> Any:
+    """The same with None for NaN and infinities, which JSON has no numbers for, at any depth."""
+    if isinstance(value, dict):
+        return {name: finite(each) for name, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _scalars(values: dict[str, Any], group: str = "train") -> Iterator[tuple[str, float]]:

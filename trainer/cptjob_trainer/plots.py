@@ -95,7 +95,7 @@ def plots(record: Record) -> list[Plot]:
             _learning_rate(record.steps),
             _gradient_norm(record.steps),
             _speed(record.steps),
-            _shares(record.steps),
+            _shares(record),
             _mix(record),
         ]
     return [plot for plot in drawn if plot is not None]
@@ -219,10 +219,17 @@ def _speed(steps: Steps) -> Plot:
     )
 
 
-def _shares(steps: Steps) -> Plot:
+def _shares(record: Record) -> Plot:
+    steps = record.steps
     figure, axes = _axes(steps)
-    waiting = data_wait_share(steps)
-    parts = (("c1", "", "waiting for data", waiting), ("c2", "--", "padding", steps.padding))
+    waiting, padding, note = data_wait_share(steps), steps.padding, ""
+    if steps.step[-1] == record.total_steps and padding[-1] > 0.01 + np.nanmax(
+        padding[:-1], initial=0.0
+    ):
+        # Drawn, it would leave a flat line of everything before it.
+        note = f" Without the last step, whose batch is filled up: {_percent(padding[-1])} padding."
+        padding = np.append(padding[:-1], np.nan)
+    parts = (("c1", "", "waiting for data", waiting), ("c2", "--", "padding", padding))
     keys, stories = [], []
     for colour, style, label, share in parts:
         mean = smooth(share)
@@ -237,7 +244,8 @@ def _shares(steps: Steps) -> Plot:
     return _plot(
         "waste",
         "Waiting and padding",
-        "Share of the time that waits for data, and of the row slots that hold padding; smoothed.",
+        "Share of the time that waits for data, and of the row slots that hold padding; smoothed."
+        + note,
         keys,
         figure,
         "; ".join(stories) + ".",

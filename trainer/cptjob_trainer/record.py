@@ -198,7 +198,7 @@ def _prepared(out: Path, manifest: Mapping[str, Any], config: Mapping[str, Any])
     elsewhere = _mapping(config.get("paths")).get("prepared")
     if isinstance(elsewhere, str):
         parents.append(Path(elsewhere))
-    digest = manifest.get("digest")
+    digest = _mapping(manifest.get("data")).get("prepared")
     pattern = f"{digest}/prepared.json" if _is_hex(digest) else "*/prepared.json"
     for parent in parents:
         found = _by_age(parent.glob(pattern))
@@ -235,8 +235,8 @@ def _sources(
     manifest: Mapping[str, Any], prepared: Mapping[str, Any], steps: Steps
 ) -> tuple[SourceRecord, ...]:
     """Sources of the manifest or of the prepared data, then those that only the metrics name."""
-    asked = _asked_shares(prepared)
     entries = _list(_mapping(manifest.get("data")).get("sources"))
+    asked = _asked_shares(entries) or _asked_shares(_with_quotas(prepared))
     trained = {name: int(column.sum()) for name, column in steps.by_source.items()}
     if not len(steps):
         said = _numbers(manifest.get("tokensBySource"))
@@ -259,18 +259,22 @@ def _sources(
     )
 
 
-def _asked_shares(prepared: Mapping[str, Any]) -> dict[str, float]:
+def _asked_shares(sources: Iterable[object]) -> dict[str, float]:
     """Share of the tokens that the mix draws from each source: its rows, at its tokens per row."""
     drawn = {}
-    quotas = _list(prepared.get("quotas"))
-    for entry, quota in zip(_list(prepared.get("sources")), quotas, strict=False):
-        source = _mapping(entry)
+    for source in map(_mapping, sources):
+        tokens = _number(source.get("quota")) * _number(source.get("tokens"))
         rows = _number(source.get("rows"))
-        if rows > 0:
-            tokens = _number(quota) * _number(source.get("tokens")) / rows
-            drawn[str(source.get("name"))] = tokens
+        if rows > 0 and not math.isnan(tokens):
+            drawn[str(source.get("name"))] = tokens / rows
     total = sum(drawn.values())
     return {name: tokens / total for name, tokens in drawn.items()} if total > 0 else {}
+
+
+def _with_quotas(prepared: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The sources of prepared data, each with its quota, as a manifest has them."""
+    pairs = zip(_list(prepared.get("sources")), _list(prepared.get("quotas")), strict=False)
+    return [{**_mapping(source), "quota": quota} for source, quota in pairs]
 
 
 # --- values as they are found ---------------------------------------------------------------------

@@ -15,11 +15,14 @@ from cptjob_trainer.checkpoint_manifest import software
 from cptjob_trainer.config import DIVISION, TrainerConfig, digest
 from cptjob_trainer.disk import file_digest, sync_directory, write_json
 from cptjob_trainer.evaluate import HeldOut
+from cptjob_trainer.metrics import finite
 from cptjob_trainer.prepared import Prepared
 from cptjob_trainer.result_weights import whole
 from cptjob_trainer.state import LoopState
 
 log = logging.getLogger(__name__)
+
+_NOT_FINITE = "the model's loss on this text is not a finite number"
 
 
 def lineage(config: TrainerConfig, prepared: Prepared) -> dict[str, Any]:
@@ -99,6 +102,7 @@ def manifest(
 ) -> dict[str, Any]:
     """What was made, from what, with what: everything but the files, which are digested last."""
     bases = {f"heldout_{role.lower()}_loss_base": loss for role, loss in base.by_role.items()}
+    metrics = finite(bases | state.heldout)
     return {
         "version": 1,
         "jobName": config.name,
@@ -107,6 +111,7 @@ def manifest(
         "parentModel": {"uri": config.model.uri, "fingerprint": prepared.model_fingerprint},
         "data": {
             "fingerprint": prepared.data_fingerprint,
+            "prepared": prepared.digest,
             "sources": [
                 {
                     "name": source.name,
@@ -114,8 +119,9 @@ def manifest(
                     "documents": source.documents,
                     "tokens": source.tokens,
                     "rows": source.rows(),
+                    "quota": quota,
                 }
-                for source in prepared.sources
+                for source, quota in zip(prepared.sources, prepared.quotas, strict=True)
             ],
         },
         "settings": config.training.model_dump(mode="json", by_alias=True),
@@ -128,7 +134,8 @@ def manifest(
         "skippedSteps": state.skipped,
         "trainingSeconds": round(state.training_seconds, 3),
         "evaluationSeconds": round(state.evaluation_seconds, 3),
-        "metrics": {**bases, **state.heldout},
+        "metrics": metrics,
+        "notFinite": {name: _NOT_FINITE for name, value in metrics.items() if value is None},
         "completionTime": datetime.now(UTC).isoformat(timespec="seconds"),
         "processes": world,
         "software": software(),
