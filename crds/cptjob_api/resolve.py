@@ -262,7 +262,6 @@ def trainer_config(
     locate: Callable[[str], Path],
     processes: Processes | None = None,
     prepared: Path | None = None,
-    scratch: Path | None = None,
 ) -> TrainerConfig:
     """What a trainer is told.
 
@@ -271,7 +270,6 @@ def trainer_config(
     follow it.
     """
     spec = job.spec
-    given = {"output": output, "prepared": prepared, "scratch": scratch}
     return TrainerConfig(
         name=job.metadata.name,
         uid=uid,
@@ -295,7 +293,7 @@ def trainer_config(
         ),
         hang_detection=spec.hang_detection,
         tracking=TrackingInput(tensor_board=spec.tracking.tensor_board),
-        paths=Paths(**{name: path for name, path in given.items() if path is not None}),
+        paths=Paths(output=output) if prepared is None else Paths(output=output, prepared=prepared),
     )
 
 

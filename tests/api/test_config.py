@@ -55,9 +55,8 @@ def test_a_configuration_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert [each.name for each in file.parent.iterdir()] == ["config.json"]
 
 
-def test_prepared_data_and_scratch_lie_in_the_output_unless_told_otherwise() -> None:
+def test_prepared_data_lies_in_the_output_unless_told_otherwise() -> None:
     assert Paths(output=Path("/out")).prepared == Path("/out/prepared")
-    assert Paths(output=Path("/out")).scratch == Path("/out/.scratch")
     assert Paths(output=Path("/out"), prepared=Path("/p")).prepared == Path("/p")
 
 

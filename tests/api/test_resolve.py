@@ -170,7 +170,9 @@ def test_the_trainer_is_told_everything(job: MakeJob) -> None:
 def test_a_local_run_differs_only_in_paths_and_processes(job: MakeJob) -> None:
     document = job({"spec.trainer": {"numNodes": 4}})
     cluster = configured(document)
-    local = configured(document, processes=Processes(num_proc_per_node=2), scratch=Path("/scratch"))
+    local = configured(
+        document, processes=Processes(num_proc_per_node=2), prepared=Path("/prepared")
+    )
     assert local.training == cluster.training
     changed = {
         name

@@ -13,7 +13,7 @@ class Counts:
     packed: bool
     rows: int
     batch: int
-    epochs: float
+    epochs: int
     domain_tokens: int
     held_out: bool
     bad_lines: int

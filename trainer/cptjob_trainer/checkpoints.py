@@ -45,13 +45,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Resume:
-    """The checkpoint to go on from: what `save` was given, and `world`, how many ranks wrote it."""
+    """The checkpoint to go on from, with what `save` was given."""
 
     step: int
     path: Path
     loop_state: dict[str, Any]
-    world: int
-    software: dict[str, str]
     bytes: int
 
 
@@ -353,8 +351,6 @@ def _resume(path: Path, manifest: dict[str, Any]) -> Resume:
         step=manifest["step"],
         path=path,
         loop_state=manifest["loop_state"],
-        world=manifest["world"],
-        software=manifest["software"],
         bytes=size_of(manifest),
     )
 

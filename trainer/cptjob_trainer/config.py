@@ -58,8 +58,6 @@ Name = Annotated[
     str, Field(min_length=1, max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
 ]
 StorageUri = Annotated[str, Field(min_length=1, max_length=1024)]
-Positive = Annotated[int, Field(ge=1, le=1_000_000_000)]
-NotNegative = Annotated[int, Field(ge=0, le=1_000_000_000)]
 MaxLength = Annotated[int, Field(ge=8, le=1_048_576)]
 BatchSize = Annotated[int, Field(ge=1, le=4096)]
 GlobalBatchSize = Annotated[int, Field(ge=1, le=1_048_576)]
@@ -471,10 +469,6 @@ class Paths(Strict):
     prepared: Path = Field(
         default_factory=lambda data: data["output"] / "prepared",
         description="Tokenised data; shared between jobs when it is given.",
-    )
-    scratch: Path = Field(
-        default_factory=lambda data: data["output"] / ".scratch",
-        description="Files that need not outlive the process.",
     )
 
 

@@ -32,11 +32,6 @@ class CPTJobError(Exception):
 
     exit_code: ClassVar[int] = 70
 
-    @property
-    def retried(self) -> bool:
-        """True when a restart may help."""
-        return self.exit_code not in NEVER_RETRIED
-
 
 class UsageError(CPTJobError):
     """A command or an environment variable that makes no sense."""
