@@ -169,6 +169,7 @@ class LastFailure(Reported):
     repeated: Count = Field(
         default=1, description="Counted failures in a row without a newer checkpoint."
     )
+    at_step: Count = Field(default=1, description="Of these, those in a row at this step.")
 
 
 class Result(Reported):

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from cptjob_operator.identity import PodId, Role
 from cptjob_operator.profile import Profile
+from cptjob_trainer.config import TrainerConfig
 from cptjob_trainer.termination import Termination
 
 PodPhase = Literal["Pending", "Running", "Succeeded", "Failed", "Unknown"]
@@ -96,6 +97,7 @@ class Node:
     labels: Mapping[str, str]
     ready: bool
     cordoned: bool
+    fenced: bool  # taint node.kubernetes.io/out-of-service: its pods are known to be dead
     gpus: Mapping[str, int]  # allocatable, by resource name
 
 
@@ -136,6 +138,7 @@ class Observed:
     children: tuple[Child, ...] = ()
     #: What was frozen at acceptance, read back from the ConfigMap; None before acceptance.
     profile: Profile | None = None
+    config: TrainerConfig | None = None
     #: GPUs in use on each node by pods that are not ours; None when the operator may not list pods.
     used_gpus: Mapping[str, int] | None = None
     nodes: Mapping[str, Node] = field(default_factory=dict)

@@ -1,0 +1,41 @@
+"""Time and devices that a job has held. Pure.
+
+The figures are integrals of step functions, and each step is a status write: between two writes the
+number of pods stood in the status, so nothing has to be written for time to be counted.
+"""
+
+from datetime import datetime, timedelta
+
+from cptjob_api.conditions import Phase
+from cptjob_api.status import CPTJobStatus, PodCounts
+
+#: Phases in which a job holds pods, be it the coordinator alone.
+_HOLDING = (Phase.PREPARING, Phase.STARTING, Phase.RUNNING, Phase.RESTARTING)
+
+
+def account(status: CPTJobStatus, gpus_per_node: int, now: datetime) -> CPTJobStatus:
+    """The status with all figures brought up to `now`, at the counts that it holds."""
+    if status.accounted_time is None:
+        return status.model_copy(update={"accounted_time": now})
+    seconds = int((now - status.accounted_time).total_seconds())
+    if seconds <= 0:
+        return status
+    held = status.pods or PodCounts()
+    holding = held.active > 0 or status.phase in _HOLDING
+    return status.model_copy(
+        update={
+            # Whole seconds only; the rest is counted next time.
+            "accounted_time": status.accounted_time + timedelta(seconds=seconds),
+            "active_seconds": status.active_seconds + (seconds if holding else 0),
+            "node_seconds": status.node_seconds + seconds * held.scheduled,
+            "gpu_seconds": status.gpu_seconds + seconds * held.scheduled * gpus_per_node,
+        }
+    )
+
+
+def lose(status: CPTJobStatus, gpus_per_node: int, since: datetime | None, now: datetime) -> int:
+    """GPU-seconds spent since `since`, whose work is lost with a failure now."""
+    if since is None or status.pods is None:
+        return 0
+    seconds = max(0, int((now - since).total_seconds()))
+    return seconds * status.pods.scheduled * gpus_per_node

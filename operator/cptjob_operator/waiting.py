@@ -1,0 +1,105 @@
+"""Why pods do not run yet, in words a person can act on. Pure.
+
+Each rule looks at one pod and knows one kind of obstacle; they are asked in order of how much they
+explain, over all pods, so that of eight pending workers the one with the plainest cause speaks.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from cptjob_api.conditions import Reason
+from cptjob_operator.observed import Pod
+
+#: Obstacles that time does not remove: somebody must mend an image, a secret or a volume.
+BROKEN = (Reason.IMAGE_PULL_FAILED, Reason.CONTAINER_CONFIG_ERROR, Reason.MOUNT_FAILED)
+
+_IMAGE = frozenset(
+    {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError"}
+)
+_CONFIG = frozenset({"CreateContainerConfigError", "CreateContainerError", "RunContainerError"})
+_SECRET = re.compile(r'secret "([^"]+)" not found')
+_CLAIM = re.compile(r'persistentvolumeclaim "([^"]+)" (?:not found|is being deleted)')
+
+
+@dataclass(frozen=True, slots=True)
+class Obstacle:
+    """Why a pod does not run."""
+
+    reason: Reason
+    message: str
+
+
+def _gated(pod: Pod) -> Obstacle | None:
+    if not pod.gated:
+        return None
+    return Obstacle(Reason.QUEUED, "a queue holds the workers back; see its Workload object")
+
+
+def _image(pod: Pod) -> Obstacle | None:
+    if pod.waiting is None or pod.waiting.reason not in _IMAGE:
+        return None
+    return Obstacle(
+        Reason.IMAGE_PULL_FAILED,
+        f"{pod.name}: {pod.waiting.message or pod.waiting.reason}; mend the image's name, the "
+        "registry or trainer.imagePullSecrets",
+    )
+
+
+def _config(pod: Pod) -> Obstacle | None:
+    if pod.waiting is None or pod.waiting.reason not in _CONFIG:
+        return None
+    secret = _SECRET.search(pod.waiting.message)
+    if secret:
+        return Obstacle(
+            Reason.WAITING_FOR_SECRET,
+            f"secret {secret[1]} does not exist in namespace {pod.namespace}; make it and the job "
+            "goes on",
+        )
+    return Obstacle(
+        Reason.CONTAINER_CONFIG_ERROR, f"{pod.name}: {pod.waiting.message or pod.waiting.reason}"
+    )
+
+
+def _mount(pod: Pod) -> Obstacle | None:
+    if pod.waiting is None or pod.waiting.reason != "FailedMount":
+        return None
+    return Obstacle(Reason.MOUNT_FAILED, f"{pod.name}: {pod.waiting.message}")
+
+
+def _claim(pod: Pod) -> Obstacle | None:
+    missing = _CLAIM.search(pod.unschedulable or "")
+    if not missing:
+        return None
+    return Obstacle(
+        Reason.WAITING_FOR_CLAIM,
+        f"volume claim {missing[1]} does not exist in namespace {pod.namespace}; make it and the "
+        "job goes on",
+    )
+
+
+def _unschedulable(pod: Pod) -> Obstacle | None:
+    if pod.unschedulable is None:
+        return None
+    return Obstacle(Reason.UNSCHEDULABLE, f"{pod.name}: {pod.unschedulable}")
+
+
+RULES: tuple[Callable[[Pod], Obstacle | None], ...] = (
+    _claim,
+    _image,
+    _config,
+    _mount,
+    _gated,
+    _unschedulable,
+)
+
+
+def obstacle(pods: Iterable[Pod]) -> Obstacle | None:
+    """The plainest obstacle among pods that do not run; None when they are just on their way."""
+    waiting = [pod for pod in pods if pod.active and not pod.ready]
+    for rule in RULES:
+        for pod in waiting:
+            found = rule(pod)
+            if found is not None:
+                return found
+    return None

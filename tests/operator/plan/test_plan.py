@@ -1,0 +1,474 @@
+"""What becomes of a job, pass by pass."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from cptjob_api.conditions import Condition, Phase, Reason
+from cptjob_operator.identity import Role
+
+MakeWorld = Callable[..., Any]
+
+
+def test_an_accepted_job_gets_its_objects_and_a_coordinator_and_no_worker(world: MakeWorld) -> None:
+    job = world()
+    wanted = job.step()
+    assert [each["kind"] for each in wanted.objects] == [
+        "ConfigMap", "Service", "NetworkPolicy", "Pod",
+    ]  # fmt: skip
+    assert job.phase is Phase.PREPARING
+    assert job.status.resolved.learning_rate == 2e-5
+    assert job.condition(Condition.RECONCILING) == ("True", "Preparing")
+    assert [identity.role for identity in job.made] == [Role.COORDINATOR]
+
+
+def test_a_second_pass_over_the_same_wants_nothing(world: MakeWorld) -> None:
+    job = world()
+    job.step()
+    job.wait(30)
+    wanted = job.plan()
+    assert (wanted.status, wanted.objects, wanted.deletions, wanted.events) == (None, (), (), ())
+
+
+def test_workers_are_made_when_the_coordinator_is_ready(world: MakeWorld) -> None:
+    job = world(trainer={"numNodes": 3})
+    job.settle()
+    job.get_ready(job.pod(Role.COORDINATOR))
+    wanted = job.step()
+    assert [each["kind"] for each in wanted.objects] == ["Pod"] * 3
+    assert job.phase is Phase.STARTING
+    assert job.condition(Condition.PREPARED) == ("True", "Starting")
+
+
+def test_a_job_runs_when_every_worker_is_ready(world: MakeWorld) -> None:
+    job = world()
+    job.settle()
+    job.get_ready(job.pod(Role.COORDINATOR))
+    job.settle()
+    job.get_ready(job.workers[0])
+    job.settle()
+    assert job.phase is Phase.STARTING
+    job.get_ready(job.workers[1])
+    job.settle()
+    assert job.phase is Phase.RUNNING
+    assert job.condition(Condition.RECONCILING) is None
+    assert job.condition(Condition.READY) == ("True", "Running")
+    assert (job.status.replicas, job.status.pods.ready) == (2, 2)
+
+
+def test_a_job_is_complete_when_the_coordinator_is(world: MakeWorld) -> None:
+    job = world()
+    job.train()
+    job.succeed(job.pod(Role.COORDINATOR), "Complete")
+    for pod in job.workers:
+        job.succeed(pod)
+    job.settle()
+    assert job.phase is Phase.COMPLETE
+    assert job.status.result.model_uri == "pvc://results/job/model"
+    assert job.status.completion_time == job.now
+
+
+def test_a_job_is_complete_when_every_worker_is_though_the_coordinator_is_lost(
+    world: MakeWorld,
+) -> None:
+    job = world()
+    job.train()
+    for pod in job.workers:
+        job.succeed(pod)
+    job.vanish(job.pod(Role.COORDINATOR))
+    job.settle()
+    assert job.phase is Phase.COMPLETE
+
+
+def test_an_output_that_is_complete_ends_the_job_without_a_worker(world: MakeWorld) -> None:
+    job = world()
+    job.settle()
+    job.succeed(job.pod(Role.COORDINATOR), "AlreadyComplete")
+    job.settle()
+    assert job.condition(Condition.COMPLETE) == ("True", "AlreadyComplete")
+    assert [identity.role for identity in job.made] == [Role.COORDINATOR]
+
+
+def test_broken_data_fails_the_job_with_its_words_and_no_worker_ever_exists(
+    world: MakeWorld,
+) -> None:
+    job = world()
+    job.settle()
+    job.fail(job.pod(Role.COORDINATOR), 65, "DataError", "a.jsonl:7: not JSON")
+    job.settle()
+    assert job.phase is Phase.FAILED
+    assert job.condition(Condition.FAILED) == ("True", "DataInvalid")
+    assert job.status.condition(Condition.FAILED).message == "a.jsonl:7: not JSON"
+    assert [identity.role for identity in job.made] == [Role.COORDINATOR]
+
+
+def test_a_model_that_is_not_there_is_told_apart_from_data(world: MakeWorld) -> None:
+    job = world()
+    job.settle()
+    message = "/volumes/models/llama: no model directory"
+    job.fail(job.pod(Role.COORDINATOR), 66, "MissingInputError", message)
+    job.settle()
+    assert job.condition(Condition.FAILED) == ("True", "ModelMissing")
+
+
+def test_a_job_of_another_controller_is_left_alone(world: MakeWorld) -> None:
+    job = world(managedBy="somebody.example/else")
+    wanted = job.step()
+    assert wanted.status is None
+    assert not job.children
+
+
+def test_a_finished_job_goes_when_its_time_is_over(world: MakeWorld) -> None:
+    job = world(ttlSecondsAfterFinished=60)
+    job.settle()
+    job.succeed(job.pod(Role.COORDINATOR), "AlreadyComplete")
+    job.settle()
+    job.wait(59)
+    assert job.plan().again is not None
+    job.settle()
+    assert not job.gone
+    job.wait(1)
+    job.step()
+    assert job.gone
+
+
+def test_a_job_that_held_pods_for_too_long_fails(world: MakeWorld) -> None:
+    job = world(activeDeadlineSeconds=600)
+    job.train()
+    again = job.plan().again
+    job.wait(599)
+    job.settle()
+    assert job.phase is Phase.RUNNING
+    job.wait(1)
+    assert again == job.now
+    job.settle()
+    assert job.condition(Condition.FAILED) == ("True", "DeadlineExceeded")
+    assert not job.workers
+
+
+class TestSuspension:
+    def test_workers_leave_before_the_coordinator(self, world: MakeWorld) -> None:
+        job = world()
+        job.train()
+        job.edit(suspend=True)
+        wanted = job.step()
+        assert [each.name.split("-")[-2] for each in wanted.deletions] == ["w0", "w1"]
+        assert job.condition(Condition.SUSPENDED) == ("False", "Suspending")
+        job.settle()
+        assert not job.pods
+        assert job.phase is Phase.SUSPENDED
+        assert job.condition(Condition.READY) == ("True", "Suspended")
+
+    def test_time_stands_still(self, world: MakeWorld) -> None:
+        job = world(activeDeadlineSeconds=600)
+        job.train()
+        job.edit(suspend=True)
+        job.settle()
+        job.wait(10_000)
+        job.edit(suspend=False)
+        job.settle()
+        assert job.phase is Phase.PREPARING
+
+    def test_it_goes_on_with_new_pods_and_without_counting_a_restart(
+        self, world: MakeWorld
+    ) -> None:
+        job = world()
+        job.train()
+        before = set(job.made)
+        job.edit(suspend=True)
+        job.settle()
+        job.edit(suspend=False)
+        job.train()
+        assert len(set(job.made) - before) == 3
+        assert (job.status.attempt, job.status.restarts) == (1, 0)
+
+    def test_a_job_that_is_made_suspended_holds_no_pod_but_what_was_decided(
+        self, world: MakeWorld
+    ) -> None:
+        job = world(suspend=True)
+        job.settle()
+        assert job.phase is Phase.SUSPENDED
+        assert not job.pods
+        assert job.profile is not None
+
+    def test_workers_may_be_more_when_it_goes_on(self, world: MakeWorld) -> None:
+        job = world()
+        job.train()
+        job.edit(suspend=True)
+        job.settle()
+        job.edit(suspend=False, trainer={"numNodes": 3})
+        job.train()
+        assert len(job.workers) == 3
+
+
+class TestScale:
+    def test_more_workers_join(self, world: MakeWorld) -> None:
+        job = world()
+        job.train()
+        job.edit(trainer={"numNodes": 3})
+        job.settle()
+        assert [pod.id.index for pod in job.workers] == [0, 1, 2]
+        assert job.status.restarts == 0
+
+    def test_the_highest_leave(self, world: MakeWorld) -> None:
+        job = world(trainer={"numNodes": 3})
+        job.train()
+        job.edit(trainer={"numNodes": 1})
+        job.settle()
+        assert [pod.id.index for pod in job.workers] == [0]
+        assert job.phase is Phase.RUNNING
+
+
+class TestRestarts:
+    def test_a_failed_worker_is_replaced_at_once_and_the_others_stay(
+        self, world: MakeWorld
+    ) -> None:
+        job = world()
+        job.train()
+        stays = job.workers[1]
+        job.fail(job.workers[0])
+        wanted = job.step()
+        assert [each["metadata"]["name"].split("-")[-2:] for each in wanted.objects] == [["w0", "1"]]
+        assert stays in job.workers
+        assert (job.status.restarts, job.status.restarts_count_towards_max) == (1, 1)
+        assert job.phase is Phase.RESTARTING
+
+    def test_one_failure_is_counted_once(self, world: MakeWorld) -> None:
+        job = world()
+        job.train()
+        job.fail(job.workers[0])
+        job.settle()
+        job.wait(60)
+        job.settle()
+        assert job.status.restarts == 1
+
+    def test_the_peers_of_a_dead_rank_are_part_of_its_failure(self, world: MakeWorld) -> None:
+        job = world(trainer={"numNodes": 4})
+        job.train()
+        first, second, *_ = job.workers
+        job.fail(first, 70, "RuntimeError", "cuda")
+        job.step()
+        job.wait(3)
+        job.fail(second, 70, "RuntimeError", "connection closed")
+        job.step()
+        assert job.status.restarts_count_towards_max == 1
+        assert job.status.last_failure.message == "cuda"
+
+    def test_a_second_failure_without_a_checkpoint_makes_all_anew_after_a_while(
+        self, world: MakeWorld
+    ) -> None:
+        job = world()
+        job.train()
+        for _ in range(2):
+            job.wait(30)
+            job.fail(job.workers[0])
+            job.settle()
+            job.get_ready(*job.workers)
+            job.settle()
+        assert job.status.attempt == 1
+        assert job.phase is Phase.RESTARTING
+        assert job.workers == []
+        assert 8 <= (job.status.retry_time - job.now).total_seconds() <= 12
+        job.wait(12)
+        job.train()
+        assert job.status.retry_time is None
+
+    def test_a_checkpoint_gives_the_restarts_back(self, world: MakeWorld) -> None:
+        job = world()
+        job.train()
+        for step in (10, 20, 30):
+            job.wait(30)
+            job.checkpoint(step)
+            job.settle()
+            job.wait(30)
+            job.fail(job.workers[0])
+            job.settle()
+            job.get_ready(*job.workers)
+            job.settle()
+        assert job.status.attempt == 0
+        assert (job.status.restarts, job.status.restarts_count_towards_max) == (3, 1)
+
+    def test_the_budget_ends(self, world: MakeWorld) -> None:
+        job = world(failurePolicy={"maxRestarts": 2})
+        job.train()
+        for _ in range(3):
+            job.wait(700)
+            job.settle()
+            job.get_ready(*job.workers)
+            job.fail(job.workers[0], 1, "RuntimeError", "boom")
+            job.settle()
+        assert job.condition(Condition.FAILED) == ("True", "RestartsExhausted")
+        assert "boom" in job.status.condition(Condition.FAILED).message
+
+    def test_death_at_one_step_again_and_again_names_the_step(self, world: MakeWorld) -> None:
+        job = world(failurePolicy={"maxRestarts": 100})
+        job.train()
+        job.checkpoint(40)
+        job.settle()
+        for _ in range(6):
+            job.wait(700)
+            job.settle()
+            if job.phase is Phase.FAILED:
+                break
+            job.get_ready(*job.workers)
+            job.fail(job.workers[0], 70, "RuntimeError", "boom")
+            job.settle()
+        assert job.condition(Condition.FAILED) == ("True", "FailsAtStep")
+        assert "at step 40" in job.status.condition(Condition.FAILED).message
+
+    @pytest.mark.parametrize("how", ["drain", "delete", "vanish"])
+    def test_what_is_done_to_the_job_is_made_good(self, world: MakeWorld, how: str) -> None:
+        job = world()
+        job.train()
+        victim = job.workers[0]
+        if how == "drain":
+            job.take_away(victim)
+        elif how == "delete":
+            job.change(victim, deleting=job.now)
+        else:
+            job.vanish(victim)
+        wanted = job.step()
+        assert [each["kind"] for each in wanted.objects] == ["Pod"]
+        assert job.status.restarts == 1
+        counted = 1 if how == "vanish" else 0
+        assert job.status.restarts_count_towards_max == counted
+
+    def test_a_worker_that_ends_with_bad_data_fails_the_job(self, world: MakeWorld) -> None:
+        job = world()
+        job.train()
+        job.fail(job.workers[1], 78, "ConfigError", "maxLength: too long")
+        job.settle()
+        assert job.condition(Condition.FAILED) == ("True", "InvalidSpec")
+
+    def test_a_pod_on_a_node_that_is_gone_blocks_nothing(self, world: MakeWorld) -> None:
+        job = world()
+        job.train()
+        job.nodes = {"node-1": None}  # node-0 is not among them
+        victim = job.workers[0]
+        job.change(victim, deleting=job.now)
+        wanted = job.step()
+        assert [(each.name, each.grace_seconds) for each in wanted.deletions] == [(victim.name, 0)]
+        assert [each["kind"] for each in wanted.objects] == ["Pod"]
+
+    def test_the_coordinator_is_replaced_and_the_workers_stay(self, world: MakeWorld) -> None:
+        job = world()
+        job.train()
+        workers = job.workers
+        job.fail(job.pod(Role.COORDINATOR), 137)
+        job.step()
+        assert job.workers == workers
+        assert job.pod(Role.COORDINATOR).id.incarnation == 1
+        assert job.status.restarts == 1
+
+    def test_a_node_where_workers_fail_twice_is_closed_to_the_job(self, world: MakeWorld) -> None:
+        job = world()
+        job.train()
+        for failures in (1, 2):
+            job.wait(700)
+            job.settle()
+            job.get_ready(*job.workers)
+            job.fail(job.workers[0])
+            job.settle()
+            assert [(each.name, each.failures) for each in job.status.excluded_nodes] == [
+                ("node-0", failures)
+            ]
+
+    def test_gpu_time_is_counted_and_what_is_lost_apart(self, world: MakeWorld) -> None:
+        job = world()
+        job.train()
+        job.wait(100)
+        job.checkpoint(10)
+        job.settle()
+        job.wait(50)
+        job.fail(job.workers[0])
+        job.step()
+        assert job.status.gpu_seconds == 150 * 2 * 8
+        assert job.status.lost_gpu_seconds == 50 * 2 * 8
+
+
+class TestGangsThatCannotStart:
+    def _begin(self, world: MakeWorld, **changes: Any) -> Any:
+        job = world(**changes)
+        job.settle()
+        job.get_ready(job.pod(Role.COORDINATOR))
+        job.settle()
+        return job
+
+    def test_half_a_gang_gives_back_what_it_holds(self, world: MakeWorld) -> None:
+        job = self._begin(world, startupDeadlineSeconds=300)
+        job.get_ready(job.workers[0])
+        job.change(job.workers[1], unschedulable="0/4 nodes are available")
+        job.settle()
+        assert job.condition(Condition.SCHEDULED) == ("False", "Unschedulable")
+        job.wait(299)
+        job.settle()
+        assert len(job.workers) == 2
+        job.wait(1)
+        job.settle()
+        assert job.workers == []
+        assert job.status.last_failure.reason == "NotStarted"
+        assert job.status.restarts_count_towards_max == 0
+        job.wait(100)
+        job.settle()
+        assert len(job.workers) == 2
+
+    def test_an_image_that_cannot_be_pulled_is_given_two_minutes(self, world: MakeWorld) -> None:
+        job = self._begin(world)
+        for pod in job.workers:
+            job.hold_up(pod, "ImagePullBackOff", "no such image")
+        job.settle()
+        assert job.condition(Condition.READY) == ("False", "ImagePullFailed")
+        job.wait(120)
+        job.settle()
+        assert job.workers == []
+
+    def test_a_quota_that_allows_some_pods_is_told_and_tried_again(self, world: MakeWorld) -> None:
+        job = self._begin(world, trainer={"numNodes": 3})
+        lost = job.workers[2]
+        del job.pods[lost.id]
+        job.refused = {"Pod": "exceeded quota: gpus"}
+        job.step()
+        assert job.condition(Condition.READY) == ("False", "WaitingForQuota")
+        assert job.plan().again is not None
+        job.refused = {}
+        job.step()
+        assert len(job.workers) == 3
+
+    def test_a_queue_stops_the_clock(self, world: MakeWorld) -> None:
+        job = self._begin(world)
+        for pod in job.workers:
+            job.change(pod, gated=True)
+        job.settle()
+        assert job.phase is Phase.QUEUED
+        assert job.condition(Condition.READY) == ("True", "Queued")
+        job.wait(100_000)
+        job.settle()
+        assert len(job.workers) == 2
+
+
+def test_what_is_missing_is_said_in_words(world: MakeWorld) -> None:
+    job = world()
+    job.settle()
+    pod = job.pod(Role.COORDINATOR)
+    job.change(pod, unschedulable='0/3 nodes are available: persistentvolumeclaim "data" not found')
+    job.settle()
+    assert job.condition(Condition.READY) == ("False", "WaitingForClaim")
+    assert "claim data does not exist" in job.status.condition(Condition.READY).message
+    job.change(pod, unschedulable=None)
+    job.hold_up(pod, "CreateContainerConfigError", 'secret "s3" not found')
+    job.settle()
+    assert job.condition(Condition.READY) == ("False", "WaitingForSecret")
+
+
+def test_conditions_keep_the_time_of_their_last_change(world: MakeWorld) -> None:
+    job = world()
+    job.train()
+    before = job.status.condition(Condition.READY).last_transition_time
+    job.wait(100)
+    job.edit(failurePolicy={"maxRestarts": 5})
+    job.settle()
+    after = job.status.condition(Condition.READY)
+    assert after.last_transition_time == before
+    assert (after.observed_generation, job.status.observed_generation) == (2, 2)
+    assert Reason(after.reason) is Reason.RUNNING
