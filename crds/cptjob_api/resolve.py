@@ -9,16 +9,26 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from cptjob_api.facts import ModelFacts
 from cptjob_api.job import CPTJob
-from cptjob_api.spec import CPTJobSpec, Dataset, ValidationDataset
+from cptjob_api.spec import (
+    CPTJobSpec,
+    Dataset,
+    LabelValue,
+    ObjectName,
+    ResourceName,
+    ValidationDataset,
+)
 from cptjob_api.status import ResolvedStatus
 from cptjob_api.storage import Storage
+from cptjob_trainer import presets
 from cptjob_trainer.config import (
+    AcceptedConfig,
+    AcceptedTraining,
     Checkpoint,
     DatasetInput,
     Elastic,
@@ -29,15 +39,15 @@ from cptjob_trainer.config import (
     ResolvedLora,
     ResolvedSchedule,
     ResolvedTraining,
+    StorageUri,
     Strict,
     TrackingInput,
     TrainerConfig,
     ValidationInput,
+    rule,
 )
 from cptjob_trainer.errors import ConfigError
 
-# Tokens in one pass of a device that memory is sure to take with the models this is for.
-PASS_TOKENS = 16_384
 # GPUs of well-known instance types; the platform's settings may add to them.
 INSTANCE_GPUS: dict[str, int] = {
     "p3.2xlarge": 1,
@@ -47,21 +57,42 @@ INSTANCE_GPUS: dict[str, int] = {
 }
 
 
-class Settings(Strict):
+class JobDefaults(Strict):
     """What the platform decides for jobs that do not say."""
 
-    image: str = Field(default="cptjob/trainer:latest", description="Image of the trainer.")
-    service_account_name: str = Field(default="default", description="Service account of the pods.")
-    output_uri: str | None = Field(default=None, description="Output storage.")
-    pool: str | None = Field(default=None, description="Pool of nodes.")
-    gpu_resource: str = Field(default="nvidia.com/gpu", description="Resource name of a GPU.")
-    instance_gpus: dict[str, int] = Field(
-        default=INSTANCE_GPUS, description="GPUs of each instance type."
+    image: str = Field(
+        default="cptjob/trainer:latest",
+        min_length=1,
+        max_length=512,
+        description="Image of the trainer.",
     )
+    service_account_name: ObjectName = Field(
+        default="default", description="Service account of the pods."
+    )
+    output_uri: StorageUri | None = Field(
+        default=None,
+        description="Storage under which each job gets a folder for its results, such as "
+        "pvc://CLAIM/path.",
+        json_schema_extra=rule("each job must name one"),
+    )
+    pool: LabelValue | None = Field(
+        default=None,
+        description="Pool of nodes to train on.",
+        json_schema_extra=rule("the only pool; of several, each job must name one"),
+    )
+    gpu_resource: ResourceName = Field(
+        default="nvidia.com/gpu", min_length=1, description="Resource name of a GPU."
+    )
+    instance_gpus: Annotated[
+        dict[LabelValue, Annotated[int, Field(ge=0, le=1024)]], Field(max_length=1000)
+    ] = Field(default=INSTANCE_GPUS, description="GPUs of a node, by its instance type.")
 
 
 class Resolved(Strict):
-    """Every answer. Field names are those of `status.resolved`."""
+    """Every answer. Field names are those of `status.resolved`.
+
+    Length and batch are None where only the model can tell them and nobody has seen it.
+    """
 
     image: str
     service_account_name: str
@@ -69,9 +100,9 @@ class Resolved(Strict):
     output_uri: str | None
     num_proc_per_node: int
     epochs: int
-    max_length: int
-    batch_size_per_device: int
-    global_batch_size: int
+    max_length: int | None
+    batch_size_per_device: int | None
+    global_batch_size: int | None
     learning_rate: float
     min_learning_rate: float
     warmup_steps: int | None
@@ -87,11 +118,11 @@ class Resolved(Strict):
 
 @dataclass(frozen=True)
 class Question:
-    """What a rule may look at."""
+    """What a rule may look at. `facts` is None where nobody has seen the model."""
 
     job: CPTJob
-    facts: ModelFacts
-    settings: Settings
+    facts: ModelFacts | None
+    settings: JobDefaults
     decided: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -138,29 +169,28 @@ def epochs(ask: Question) -> int:
     return ask.spec.training.epochs or 3
 
 
-def max_length(ask: Question) -> int:
+def max_length(ask: Question) -> int | None:
     """The model's positions, at most 2048; longer than the positions is refused."""
-    given, positions = ask.spec.training.max_length, ask.facts.max_positions
-    if given is None:
-        return min(positions or 2048, 2048)
-    if positions is not None and given > positions and ask.spec.training.rope_scaling is None:
-        raise ConfigError(
-            f"spec.training.maxLength: {given} is more than the model's {positions} positions; "
-            f"set it to {positions} or less"
-        )
-    return given
+    if ask.facts is None:
+        return ask.spec.training.max_length
+    return presets.max_length(ask.spec.training, ask.facts.max_positions)
 
 
-def batch_size_per_device(ask: Question) -> int:
+def batch_size_per_device(ask: Question) -> int | None:
     """8, or fewer so that a pass has at most 16384 tokens."""
-    fits = max(1, PASS_TOKENS // ask.decided["max_length"])
-    return ask.spec.training.batch_size_per_device or min(8, fits)
+    given, length = ask.spec.training.batch_size_per_device, ask.decided["max_length"]
+    if given is not None or length is None:
+        return given
+    return presets.batch_size_per_device(length)
 
 
-def global_batch_size(ask: Question) -> int:
+def global_batch_size(ask: Question) -> int | None:
     """numNodes × numProcPerNode × batchSizePerDevice."""
+    given, rows = ask.spec.training.global_batch_size, ask.decided["batch_size_per_device"]
+    if given is not None or rows is None:
+        return given
     devices = ask.spec.trainer.num_nodes * int(ask.decided["num_proc_per_node"])
-    return ask.spec.training.global_batch_size or devices * ask.decided["batch_size_per_device"]
+    return presets.global_batch_size(devices, rows)
 
 
 def learning_rate(ask: Question) -> float:
@@ -240,16 +270,17 @@ RULES: tuple[Callable[[Question], Any], ...] = (
 
 
 def resolve(
-    job: CPTJob, facts: ModelFacts | None = None, settings: Settings | None = None
+    job: CPTJob, facts: ModelFacts | None = None, settings: JobDefaults | None = None
 ) -> Resolved:
     """Decide everything that the job leaves out. Pure: the same job gets the same answers.
 
+    Without `facts`, what depends on the model is left to who sees it: `presets.complete`.
     Raises ConfigError for what only shows beside the model, such as too long a row.
     """
-    ask = Question(job, facts or ModelFacts(), settings or Settings())
+    ask = Question(job, facts, settings or JobDefaults())
     decided: dict[str, Any] = {}
-    for rule in RULES:
-        decided[rule.__name__] = rule(replace(ask, decided=decided))
+    for each in RULES:
+        decided[each.__name__] = each(replace(ask, decided=decided))
     return Resolved(**decided)
 
 
@@ -263,14 +294,41 @@ def trainer_config(
     processes: Processes | None = None,
     prepared: Path | None = None,
 ) -> TrainerConfig:
-    """What a trainer is told.
+    """What a trainer is told, all decided: `resolved` must have been made with a model's facts.
+
+    For the rest see `accepted_config`.
+    """
+    accepted = accepted_config(
+        job,
+        resolved,
+        uid=uid,
+        output=output,
+        locate=locate,
+        processes=processes,
+        prepared=prepared,
+    )
+    training = ResolvedTraining(**dict(accepted.training))
+    return TrainerConfig(**dict(accepted) | {"training": training})
+
+
+def accepted_config(
+    job: CPTJob,
+    resolved: Resolved,
+    *,
+    uid: str,
+    output: Path,
+    locate: Callable[[str], Path],
+    processes: Processes | None = None,
+    prepared: Path | None = None,
+) -> AcceptedConfig:
+    """What a trainer is told, open where only the model can decide.
 
     `locate` finds a storage URI on the machine that trains; `output` is the job's own folder there.
     `processes` may differ from the manifest's: a local run has its own. The global batch does not
     follow it.
     """
     spec = job.spec
-    return TrainerConfig(
+    return AcceptedConfig(
         name=job.metadata.name,
         uid=uid,
         task=spec.task,
@@ -308,7 +366,7 @@ def _dataset(dataset: ValidationDataset, locate: Callable[[str], Path]) -> Datas
     )
 
 
-def _training(job: CPTJob, resolved: Resolved) -> ResolvedTraining:
+def _training(job: CPTJob, resolved: Resolved) -> AcceptedTraining:
     given = job.spec.training
     lora = None
     if resolved.lora_alpha is not None and resolved.lora_target_modules is not None:
@@ -325,4 +383,4 @@ def _training(job: CPTJob, resolved: Resolved) -> ResolvedTraining:
         "global_batch_size": resolved.global_batch_size,
         "learning_rate": resolved.learning_rate,
     }
-    return ResolvedTraining(**dict(given) | answers)
+    return AcceptedTraining(**dict(given) | answers)

@@ -11,7 +11,7 @@ import pytest
 from cptjob_api.facts import ModelFacts
 from cptjob_api.fields import fields
 from cptjob_api.job import CPTJob
-from cptjob_api.resolve import RULES, Resolved, Settings, resolve, trainer_config
+from cptjob_api.resolve import RULES, JobDefaults, Resolved, resolve, trainer_config
 from cptjob_api.status import ResolvedStatus
 from cptjob_api.storage import Storage
 from cptjob_trainer.config import Processes, TrainerConfig, Training
@@ -98,7 +98,7 @@ def test_each_rule_says_what_it_does() -> None:
 
 
 def test_the_platform_decides_what_the_job_does_not(job: MakeJob) -> None:
-    settings = Settings(
+    settings = JobDefaults(
         image="ours:1",
         service_account_name="trainer",
         output_uri="s3://bucket/jobs",

@@ -133,5 +133,6 @@ def prepare_text(config: TrainerConfig, report: object, *, stop: object) -> obje
         model_fingerprint = "model"
         data_fingerprint = "data"
         warnings = ("little data",)
+        total_steps = 250
 
     return Prepared()

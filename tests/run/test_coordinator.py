@@ -63,6 +63,16 @@ def test_progress_of_rank_0_is_served(job: MakeJob) -> None:
         lambda: json.loads(_get(address, "/progress")[1])["currentStep"] == 5, "it is served"
     )
     assert "cptjob_step 5.0" in _get(address, "/metrics")[1]
+    decided = json.loads(_get(address, "/progress")[1])["resolved"]
+    training = made.config.training
+    assert decided == {
+        "maxLength": training.max_length,
+        "batchSizePerDevice": training.batch_size_per_device,
+        "globalBatchSize": training.global_batch_size,
+        "warmupSteps": 2,
+        "totalSteps": 250,
+        "digest": digest(made.config, "model", "data"),
+    }
     launcher.send_signal(signal.SIGTERM)
     assert made.end(launcher)[0] == 143
     assert made.end(coordinator)[0] == 0

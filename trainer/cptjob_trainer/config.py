@@ -2,8 +2,9 @@
 
 Field groups (`Training`, `Schedule`, `Checkpoint`, ...) are defined here once and embedded by the
 API. `None` in a group means that the value is decided when a job is accepted; the rule that
-decides stands beside the field. `TrainerConfig` is what a trainer pod gets: every such value is
-decided, but for those that only prepare can know (warm-up, evaluation interval).
+decides stands beside the field. `AcceptedConfig` is what a trainer pod gets. `TrainerConfig` is
+what it works with: every such value is decided, but for those that only prepare can know (warm-up,
+evaluation interval).
 
 This module needs pydantic only, so that the operator and the client can import it.
 """
@@ -339,16 +340,21 @@ class Training(Strict):
     guards: Guards = Field(default=Guards(), description="What happens when the loss goes wrong.")
 
 
-class ResolvedTraining(Training):
-    """`Training` with every value decided that does not need the data."""
+class AcceptedTraining(Training):
+    """`Training` with every value decided that needs neither the model nor the data."""
 
     lora: ResolvedLora | None = None
     epochs: Epochs
+    learning_rate: LearningRate
+    schedule: ResolvedSchedule
+
+
+class ResolvedTraining(AcceptedTraining):
+    """`Training` with every value decided that does not need the data."""
+
     max_length: MaxLength
     batch_size_per_device: BatchSize
     global_batch_size: GlobalBatchSize
-    learning_rate: LearningRate
-    schedule: ResolvedSchedule
 
 
 class Checkpoint(Strict):
@@ -478,8 +484,12 @@ class TrackingInput(Strict):
     tensor_board: bool = Field(default=True, description="Write TensorBoard event files.")
 
 
-class TrainerConfig(Strict):
-    """Everything that a trainer pod is told, in one JSON file."""
+class AcceptedConfig(Strict):
+    """Everything that a trainer pod is told, in one JSON file.
+
+    What depends on the model may be open: who accepts a job on a cluster has not seen the model.
+    `presets.load` decides it beside the model.
+    """
 
     version: Literal[1] = Field(default=1, description="Version of this format.")
     name: str = Field(description="Name of the job.")
@@ -491,7 +501,7 @@ class TrainerConfig(Strict):
     validation: ValidationInput = Field(
         default=ValidationInput(), description="What the model is evaluated on."
     )
-    training: ResolvedTraining = Field(description="What is trained and how.")
+    training: AcceptedTraining = Field(description="What is trained and how.")
     checkpoint: Checkpoint = Field(default=Checkpoint(), description="When checkpoints are saved.")
     elastic: Elastic = Field(default=Elastic(), description="Restarts in place.")
     processes: Processes = Field(default=Processes(), description="How many processes train.")
@@ -525,6 +535,12 @@ class TrainerConfig(Strict):
         temporary = target.with_name(f".{target.name}.tmp")
         temporary.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
         temporary.replace(target)
+
+
+class TrainerConfig(AcceptedConfig):
+    """`AcceptedConfig` with everything decided that the model decides."""
+
+    training: ResolvedTraining = Field(description="What is trained and how.")
 
 
 # Settings of `training` that divide a step's work and leave its result alone.

@@ -16,10 +16,11 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from cptjob_trainer import lifeline, termination
+from cptjob_trainer import lifeline, presets, termination
 from cptjob_trainer.config import TrainerConfig, digest
 from cptjob_trainer.errors import Stopped
-from cptjob_trainer.progress import STORE_KEY, Progress, ProgressServer
+from cptjob_trainer.progress import STORE_KEY, Progress, ProgressServer, Resolved
+from cptjob_trainer.schedule import default_warmup
 from cptjob_trainer.termination import Termination
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="cptjob_trainer.coordinator", description=__doc__)
-    parser.add_argument("--config", required=True, help="TrainerConfig as JSON")
+    parser.add_argument("--config", required=True, help="AcceptedConfig as JSON")
     parser.add_argument("--host", default="0.0.0.0", help="address to listen on")
     parser.add_argument("--store-port", type=int, default=29400, help="0: any free port")
     parser.add_argument("--http-port", type=int, default=9400, help="0: any free port")
@@ -89,7 +90,7 @@ class _Lifetime:
 
 
 def _coordinate(options: argparse.Namespace) -> None:
-    config = TrainerConfig.load(options.config)
+    config = presets.load(options.config)
     lifetime = _Lifetime(config.checkpoint.grace_period_seconds + 5.0)
     lifetime.follow()
     server = ProgressServer(options.host, options.http_port)
@@ -99,6 +100,7 @@ def _coordinate(options: argparse.Namespace) -> None:
         print(f"warning: {warning}", flush=True)
     _write_file(options, WARNINGS_FILE, "\n".join(prepared.warnings))
     result = digest(config, prepared.model_fingerprint, prepared.data_fingerprint)
+    server.set_resolved(_resolved(config, prepared.total_steps, result))
     if _is_complete(config.paths.output, result, server, lifetime):
         message = f"{config.paths.output} is complete; nothing is left to do"
         print(message, flush=True)
@@ -134,6 +136,19 @@ def _prepare(
     if lifetime.stopping:
         raise Stopped("the coordinator was asked to stop")
     return prepared
+
+
+def _resolved(config: TrainerConfig, total_steps: int, result: str) -> Resolved:
+    training = config.training
+    warmup = training.schedule.warmup_steps
+    return Resolved(
+        max_length=training.max_length,
+        batch_size_per_device=training.batch_size_per_device,
+        global_batch_size=training.global_batch_size,
+        warmup_steps=default_warmup(total_steps) if warmup is None else warmup,
+        total_steps=total_steps,
+        digest=result,
+    )
 
 
 def _is_complete(output: Path, result: str, server: ProgressServer, lifetime: _Lifetime) -> bool:

@@ -4,21 +4,21 @@ import argparse
 from pathlib import Path
 
 from cptjob_trainer import termination
-from cptjob_trainer.config import TrainerConfig
+from cptjob_trainer.config import AcceptedConfig
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; ends the process as its error says."""
     parser = argparse.ArgumentParser(prog="cptjob_trainer.export", description=__doc__)
-    parser.add_argument("--config", required=True, help="TrainerConfig as JSON")
+    parser.add_argument("--config", required=True, help="AcceptedConfig as JSON")
     parser.add_argument("--step", required=True, type=int, help="step of the checkpoint")
     parser.add_argument("--to", required=True, type=Path, help="directory to make")
     options = parser.parse_args(arguments)
     with termination.guard():
-        _export(TrainerConfig.load(options.config), options.step, options.to)
+        _export(AcceptedConfig.load(options.config), options.step, options.to)
 
 
-def _export(config: TrainerConfig, step: int, target: Path) -> None:
+def _export(config: AcceptedConfig, step: int, target: Path) -> None:
     from cptjob_trainer import output  # imports torch
 
     lora = config.training.lora if config.training.method == "LoRA" else None

@@ -20,7 +20,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from cptjob_trainer import forkserver, lifeline, termination
-from cptjob_trainer.config import TrainerConfig
+from cptjob_trainer.config import AcceptedConfig
 from cptjob_trainer.errors import CPTJobError, Stopped, UsageError
 from cptjob_trainer.locks import OutputLock
 from cptjob_trainer.termination import STOPPED, Termination
@@ -73,7 +73,7 @@ def _leave(code: str | int | None) -> NoReturn:
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="cptjob_trainer.launch", description=__doc__)
-    parser.add_argument("--config", required=True, help="TrainerConfig as JSON")
+    parser.add_argument("--config", required=True, help="AcceptedConfig as JSON")
     parser.add_argument(
         "--store", required=True, help="HOST:PORT, or @FILE that the coordinator writes it to"
     )
@@ -98,7 +98,7 @@ def _launch(options: argparse.Namespace) -> Termination:
     try:
         if not parent_lives:
             raise _StopBeforeAgent
-        config = TrainerConfig.load(options.config)
+        config = AcceptedConfig.load(options.config)
         nodes = options.nnodes or config.processes.num_nodes
         processes = options.nproc_per_node or config.processes.num_proc_per_node
         _set_environment(nodes, processes)
@@ -172,7 +172,7 @@ def _accepts(address: str) -> bool:
 
 
 def _run_agent(
-    options: argparse.Namespace, config: TrainerConfig, nodes: int, processes: int, address: str
+    options: argparse.Namespace, config: AcceptedConfig, nodes: int, processes: int, address: str
 ) -> Termination:
     from torch.distributed.elastic.rendezvous import RendezvousError
 

@@ -21,6 +21,7 @@ from cptjob_trainer import (
     modeldir,
     packing,
     prepared,
+    presets,
     request,
     shares,
     tables,
@@ -361,7 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        config = TrainerConfig.load(options.config)
+        config = presets.load(options.config)
         if options.check_only:
             print(_summary_of_check(check(config, _print_progress)))
         else:

@@ -46,6 +46,17 @@ class CheckpointRef(_Value):
     uri: str
 
 
+class Resolved(_Value):
+    """What only the model and the data decide, by the names of the API's ``status.resolved``."""
+
+    max_length: int
+    batch_size_per_device: int
+    global_batch_size: int
+    warmup_steps: int
+    total_steps: int
+    digest: str
+
+
 class Progress(_Value):
     """One report. Times are UTC; ``metrics`` holds the newest values (loss, learningRate, ...)."""
 
@@ -59,6 +70,7 @@ class Progress(_Value):
     tokens_per_second: float | None = None
     metrics: dict[str, float] = Field(default_factory=dict)
     last_checkpoint: CheckpointRef | None = None
+    resolved: Resolved | None = None
     last_updated_time: datetime = Field(default_factory=_now)
 
     def to_json(self) -> bytes:
@@ -190,6 +202,7 @@ class ProgressServer:
     def __init__(self, host: str, port: int) -> None:
         self._lock = threading.Lock()
         self._progress = Progress()
+        self._resolved: Resolved | None = None
         self._ready = False
         registry = CollectorRegistry()
         registry.register(_MetricsCollector(self.current))
@@ -200,11 +213,16 @@ class ProgressServer:
 
     def current(self) -> Progress:
         with self._lock:
-            return self._progress
+            return self._progress.model_copy(update={"resolved": self._resolved})
 
     def update(self, progress: Progress) -> None:
         with self._lock:
             self._progress = progress
+
+    def set_resolved(self, resolved: Resolved) -> None:
+        """From now on every report says what was decided, whoever made it."""
+        with self._lock:
+            self._resolved = resolved
 
     def set_ready(self) -> None:
         """From now on /readyz answers 200: the data is prepared and the store is there."""

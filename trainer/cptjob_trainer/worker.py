@@ -21,7 +21,7 @@ import torch.distributed.checkpoint
 import torch.distributed.fsdp
 import transformers
 
-from cptjob_trainer import attention, dropout, evaluate, result
+from cptjob_trainer import attention, dropout, evaluate, presets, result
 from cptjob_trainer import model as models
 from cptjob_trainer.checkpoints import Checkpoints
 from cptjob_trainer.config import TrainerConfig
@@ -72,7 +72,7 @@ def main(config_path: str) -> None:
     stop = StopFlag()
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     _log_to_stderr(rank)
-    config = TrainerConfig.load(config_path)
+    config = presets.load(config_path)
     prepared = load_prepared(Path(os.environ[PREPARED_VARIABLE]))
     device = _device()
     _make_repeatable(config)
