@@ -50,6 +50,12 @@ def item(annotation: Any) -> Any:
     return bare(get_args(kind)[0]) if get_origin(kind) is tuple else None
 
 
+def values(annotation: Any) -> Any:
+    """The type of a mapping's values, or None when it is no mapping."""
+    kind = bare(annotation)
+    return get_args(kind)[1] if get_origin(kind) is dict else None
+
+
 def as_model(annotation: Any) -> type[BaseModel] | None:
     """The model behind an annotation, if there is one."""
     kind = bare(annotation)
@@ -65,9 +71,7 @@ def annotation_at(root: type[BaseModel], path: Path) -> Any:
             continue
         model = as_model(here)
         known = fields(model) if model else {}
-        if part not in known:
-            return None
-        here = known[part].annotation
+        here = known[part].annotation if part in known else values(here)
     return here
 
 

@@ -1,0 +1,96 @@
+"""What a worker asks its node for, and what no node could give.
+
+The API server refuses a pod whose resources it does not understand, so what is wrong is told before,
+by the field's name.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+
+from cptjob_api.job import CPTJob
+from cptjob_operator import quantities
+
+FIELD = "spec.trainer.resourcesPerNode"
+
+_STANDARD = ("cpu", "memory", "ephemeral-storage")
+_DOMAIN = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*"
+_EXTENDED = re.compile(rf"(?=.{{1,253}}/){_DOMAIN}/[A-Za-z0-9]([-A-Za-z0-9_.]{{0,61}}[A-Za-z0-9])?")
+_HUGE_PAGES = re.compile(r"hugepages-[0-9]+[KMG]i")
+
+
+def gpus(job: CPTJob, gpu: str, instance_gpus: Mapping[str, int]) -> int:
+    """GPUs of a worker: those in resourcesPerNode, else those of the instance type."""
+    asked = job.spec.trainer.resources_per_node
+    given = asked.limits.get(gpu) or asked.requests.get(gpu)
+    if given is not None:
+        return quantities.whole(given) or 0
+    return instance_gpus.get(job.spec.scheduling.instance_type or "", 0)
+
+
+def of_worker(
+    job: CPTJob, gpu: str, instance_gpus: Mapping[str, int], extra: Mapping[str, str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Requests and limits. What is counted in whole pieces is asked for in both, alike."""
+    asked = job.spec.trainer.resources_per_node
+    requests, limits = dict(asked.requests), dict(asked.limits)
+    counted = {name: requests[name] for name in requests if _is_counted(name)}
+    counted |= {name: limits[name] for name in limits if _is_counted(name)}
+    number = gpus(job, gpu, instance_gpus)
+    for name, quantity in {**({gpu: str(number)} if number else {}), **extra}.items():
+        counted.setdefault(name, quantity)
+    requests |= counted
+    limits |= counted
+    return dict(sorted(requests.items())), dict(sorted(limits.items()))
+
+
+def faults(job: CPTJob) -> Iterator[str]:
+    """What the API server would refuse, a line each."""
+    asked = job.spec.trainer.resources_per_node
+    for part, amounts in (("limits", asked.limits), ("requests", asked.requests)):
+        for name, quantity in amounts.items():
+            place = f"{FIELD}.{part}.{name}"
+            if not _is_known(name):
+                yield (
+                    f"{place}: no resource has this name; write cpu, memory, ephemeral-storage or "
+                    "the full name of a device, such as nvidia.com/gpu"
+                )
+            else:
+                yield from (f"{place}: {words}" for words in _wrong(name, quantity))
+    for name, quantity in asked.requests.items():
+        yield from (f"{FIELD}.{name}: {words}" for words in _unequal(name, quantity, asked.limits))
+
+
+def _is_counted(name: str) -> bool:
+    """Devices and huge pages cannot be shared: what is requested is the limit."""
+    return "/" in name or name.startswith("hugepages-")
+
+
+def _is_known(name: str) -> bool:
+    if name in _STANDARD or _HUGE_PAGES.fullmatch(name):
+        return True
+    # The API server keeps names under kubernetes.io and a prefix of quotas for itself.
+    domain = name.partition("/")[0]
+    own = domain == "kubernetes.io" or domain.endswith(".kubernetes.io")
+    return bool(_EXTENDED.fullmatch(name)) and not own and not name.startswith("requests.")
+
+
+def _wrong(name: str, quantity: str) -> Iterator[str]:
+    number = quantities.parse(quantity)
+    if number is None:
+        yield f"{quantity} is more than can be counted"
+    elif number < 0:
+        yield f"{quantity} is below 0"
+    elif _is_counted(name) and quantities.whole(quantity) is None:
+        yield f"{quantity} is no whole number"
+
+
+def _unequal(name: str, quantity: str, limits: Mapping[str, str]) -> Iterator[str]:
+    if name not in limits:
+        return
+    asked, most = quantities.parse(quantity), quantities.parse(limits[name])
+    if asked is None or most is None:
+        return
+    if _is_counted(name) and asked != most:
+        yield f"the request ({quantity}) must equal the limit ({limits[name]}); leave one out"
+    elif asked > most:
+        yield f"the request ({quantity}) is more than the limit ({limits[name]})"
