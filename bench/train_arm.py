@@ -21,18 +21,14 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
-from cptjob_trainer import attention, dropout, evaluate
-from cptjob_trainer import model as models
-from cptjob_trainer.checkpoints import Checkpoints
+from cptjob_trainer.batch import Batch
+from cptjob_trainer.components import assemble, make_batcher
 from cptjob_trainer.config import TrainerConfig
-from cptjob_trainer.data import Batcher, Rows, to_device
-from cptjob_trainer.devices import flops_per_token
-from cptjob_trainer.loop import Runtime, Trainer
+from cptjob_trainer.loop import Trainer
 from cptjob_trainer.loss import IGNORE
 from cptjob_trainer.metrics import MetricsLog
-from cptjob_trainer.optimizer import build_optimizer, initialise_state
 from cptjob_trainer.prepared import Prepared, load_prepared
-from cptjob_trainer.reporter import Reporter
+from cptjob_trainer.runtime import Runtime
 from cptjob_trainer.state import LoopState
 
 
@@ -140,94 +136,17 @@ class TimedTrainer(Trainer):
         """Nothing."""
 
 
-def make_batcher(config: TrainerConfig, prepared: Prepared) -> Batcher:
-    return Batcher(
-        prepared.sources,
-        prepared.mix(config.training.seed),
-        global_batch=config.training.global_batch_size,
-        micro_batch=config.training.batch_size_per_device,
-        max_length=prepared.max_length,
-        pad_id=prepared.pad_id,
-        packed=prepared.packed,
-        rank=0,
-        world=1,
-    )
-
-
 def train_ours(spec: Spec, config: TrainerConfig, prepared: Prepared) -> dict[str, Any]:
     """What the worker does, at one process."""
-    training, device = config.training, torch.device(spec.device)
+    device = torch.device(spec.device)
     meter = Meter(device, spec.warmup, spec.steps)
-    dtype = models.compute_dtype(training, device)
-    lm = models.load(config, prepared.packed).to(device)
-    runtime = Runtime(
-        rank=0,
-        world=1,
-        device=device,
-        dtype=dtype,
-        sharded=False,
-        documents=lm.config._attn_implementation == attention.NAME,
-        dropping=dropout.active(lm, lm.config),
-    )
-    batcher = make_batcher(config, prepared)
-    model = models.LossModel(lm)
-    first = to_device(batcher.step(0).micro_batches[0], device, runtime.documents)
-    models.check_loss(model, first)
-    if training.activation_checkpointing == "Full":
-        models.set_activation_checkpointing(lm)
-    parameters = sum(p.numel() for p in lm.parameters())
-    layers, width = lm.config.num_hidden_layers, lm.config.hidden_size
-    flops = flops_per_token(parameters, layers, width, prepared.max_length)
-    if models.compiles(config, device, flops, runtime.dropping):
-        models.compile_layers(model)
-    optimizer = build_optimizer(model, training)
-    initialise_state(optimizer)
-    shape = {
-        "micro_batch": training.batch_size_per_device,
-        "max_length": prepared.max_length,
-        "pad_id": prepared.pad_id,
-        "packed": prepared.packed,
-        "rank": 0,
-        "world": 1,
-    }
-    evaluator = evaluate.Evaluator(
-        prepared.heldout,
-        total_rows=prepared.total_rows,
-        documents=runtime.documents,
-        device=device,
-        dtype=dtype,
-        sharded=False,
-        **shape,
-    )
-    output = Path(spec.output)
-    checkpoints = Checkpoints(
-        output / "checkpoints",
-        uid="bench",
-        lineage={},
-        keep_last=None,
-        on_mismatch="Refuse",
-        rank=0,
-        world=1,
-    )
-    trainer = TimedTrainer(
-        config,
-        runtime,
-        model,
-        optimizer,
-        batcher,
-        evaluator,
-        checkpoints,
-        LoopState(),
-        spec.steps,
-        [source.name for source in prepared.sources],
-        stop_asked=lambda: False,
-        metrics=MetricsLog(output / "metrics.jsonl", 0),
-        reporter=Reporter(0, flops, None, 1.0),
-    )
+    components = assemble(config, prepared, Runtime.of(config.training, 0, 1, device))
+    metrics = MetricsLog(Path(spec.output) / "metrics.jsonl", 0)
+    trainer = TimedTrainer(components, LoopState(), metrics=metrics)
     trainer.meter = meter
     with profiled(spec.profile):
         trainer.run(None)
-    batcher.close()
+    components.batcher.close()
     return meter.figures()
 
 
@@ -240,7 +159,7 @@ class RowList(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     Positions that restart, and no attention mask, tell transformers where documents begin.
     """
 
-    def __init__(self, batches: Sequence[Rows]) -> None:
+    def __init__(self, batches: Sequence[Batch]) -> None:
         self.items = [
             {
                 "input_ids": batch.ids[at],
@@ -281,7 +200,7 @@ class OnStep(TrainerCallback):
 def train_peer(spec: Spec, config: TrainerConfig, prepared: Prepared) -> dict[str, Any]:
     """transformers' Trainer with the same rows, optimizer, learning rate and clipping."""
     training = config.training
-    batcher = make_batcher(config, prepared)
+    batcher = make_batcher(config, prepared, Runtime.of(training, 0, 1, torch.device(spec.device)))
     rows = RowList([m for step in range(spec.steps) for m in batcher.step(step).micro_batches])
     batcher.close()
     meter = Meter(torch.device(spec.device), spec.warmup, spec.steps)

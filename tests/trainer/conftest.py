@@ -1,5 +1,6 @@
 """Tiny models of many architectures with random weights, and a trainer around one, in this process."""
 
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -12,8 +13,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from cptjob_trainer import attention, dropout, evaluate, forkserver, loop, model
-from cptjob_trainer.checkpoints import Checkpoints
+from cptjob_trainer import components, forkserver, loop
 from cptjob_trainer.config import (
     DatasetInput,
     Dropout,
@@ -24,11 +24,9 @@ from cptjob_trainer.config import (
     ResolvedTraining,
     TrainerConfig,
 )
-from cptjob_trainer.data import Batcher
-from cptjob_trainer.mix import Mix
-from cptjob_trainer.optimizer import build_optimizer, initialise_state
-from cptjob_trainer.reporter import Reporter
+from cptjob_trainer.prepared import Prepared
 from cptjob_trainer.rows import Row
+from cptjob_trainer.runtime import Runtime
 from cptjob_trainer.state import LoopState
 
 __all__ = ["Dropout", "ResolvedLora", "ResolvedSchedule"]
@@ -165,7 +163,7 @@ def trainer(tmp_path: Path) -> Callable[..., loop.Trainer]:
 
 
 def trainer_config(
-    model_path: Path, output: Path, compile: str, training: dict[str, Any]
+    model_path: Path, output: Path, compile: str, training: dict[str, Any], **settings: Any
 ) -> TrainerConfig:
     return TrainerConfig(
         name="test",
@@ -175,6 +173,32 @@ def trainer_config(
         training=ResolvedTraining(**training),
         paths=Paths(output=output),
         compile=compile,
+        **settings,
+    )
+
+
+def prepared_rows(
+    config: TrainerConfig, rows: Sequence[Row], total_steps: int, packed: bool
+) -> Prepared:
+    """What `prepare` would leave of these rows, all of which are held out, too."""
+    source: Any = ListSource("a", "Domain", rows)
+    total_rows = total_steps * config.training.global_batch_size
+    return Prepared(
+        directory=config.paths.output,
+        digest="digest",
+        model_fingerprint="model",
+        data_fingerprint="data",
+        packed=packed,
+        max_length=config.training.max_length,
+        prompt_ids=(),
+        pad_id=0,
+        vocab_size=VOCABULARY,
+        sources=(source,),
+        heldout=(source,),
+        quotas=(total_rows,),
+        total_rows=total_rows,
+        total_steps=total_steps,
+        warnings=(),
     )
 
 
@@ -187,77 +211,14 @@ def assemble(
     world: int = 1,
     device: torch.device = CPU,
     sharded: bool = False,
+    **settings: Any,
 ) -> loop.Trainer:
-    """What the worker does around preparing and the process group."""
-    training = config.training
-    lm = model.load(config, packed)
-    sharded = sharded or world > 1
-    lm.to(device)
-    runtime = loop.Runtime(
-        rank=rank,
-        world=world,
-        device=device,
-        dtype=model.compute_dtype(training, device),
-        sharded=sharded,
-        documents=lm.config._attn_implementation == attention.NAME,
-        dropping=dropout.active(lm, lm.config),
-    )
-    wrapped = model.LossModel(lm)
-    if training.activation_checkpointing == "Full":
-        model.set_activation_checkpointing(lm)
-    if config.compile == "Always":
-        model.compile_layers(wrapped)
-    if sharded:
-        model.shard(wrapped, device, runtime.dtype, world)
-    optimizer = build_optimizer(wrapped, training)
-    initialise_state(optimizer)
-    source = ListSource("a", "Domain", rows)
-    shape: dict[str, Any] = {
-        "micro_batch": training.batch_size_per_device,
-        "max_length": training.max_length,
-        "pad_id": 0,
-        "packed": packed,
-        "rank": rank,
-        "world": world,
-    }
-    quota = total_steps * training.global_batch_size
-    wrapped.train()
-    return loop.Trainer(
-        config,
-        runtime,
-        wrapped,
-        optimizer,
-        Batcher(
-            [source],
-            Mix([len(rows)], [quota], training.seed),
-            global_batch=training.global_batch_size,
-            **shape,
-        ),
-        evaluate.Evaluator(
-            [source],
-            total_rows=quota,
-            documents=runtime.documents,
-            device=device,
-            dtype=runtime.dtype,
-            sharded=runtime.sharded,
-            **shape,
-        ),
-        Checkpoints(
-            config.paths.output / "checkpoints",
-            uid="uid",
-            lineage={},
-            keep_last=None,
-            on_mismatch="Refuse",
-            rank=rank,
-            world=world,
-        ),
-        LoopState(),
-        total_steps,
-        ["a"],
-        stop_asked=lambda: False,
-        metrics=None,
-        reporter=Reporter(rank, 1.0, None, 1.0),
-    )
+    """What the worker does around preparing and the process group; `settings` are the trainer's."""
+    runtime = Runtime.of(config.training, rank, world, device)
+    runtime = dataclasses.replace(runtime, sharded=sharded or runtime.sharded)
+    parts = components.assemble(config, prepared_rows(config, rows, total_steps, packed), runtime)
+    parts.model.train()
+    return loop.Trainer(parts, LoopState(), **settings)
 
 
 @pytest.fixture

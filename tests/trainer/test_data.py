@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from cptjob_trainer.data import Batcher, arrange, empty_row
+from cptjob_trainer.batch import BatchShape, arrange, empty_row
+from cptjob_trainer.batcher import Batcher
 from cptjob_trainer.loss import IGNORE
 from cptjob_trainer.mix import Mix
 from cptjob_trainer.rows import Row
@@ -28,11 +29,8 @@ def batcher(rank: int, world: int, rows: int = 10, batch: int = 5, micro: int = 
     return Batcher(
         [Source()],
         Mix([rows], [rows], 0),
+        BatchShape(micro_batch=micro, max_length=4, pad_id=0, packed=True),
         global_batch=batch,
-        micro_batch=micro,
-        max_length=4,
-        pad_id=0,
-        packed=True,
         rank=rank,
         world=world,
     )

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from cptjob_trainer import attention
-from cptjob_trainer.loop import checkpoint_tensors
+from cptjob_trainer.optimizer import checkpoint_tensors
 
 pytestmark = pytest.mark.gpu
 

@@ -9,7 +9,7 @@ import torch
 from cptjob_trainer import dropout, model
 from cptjob_trainer.config import Dropout, Guards
 from cptjob_trainer.errors import ConfigError, Stopped
-from cptjob_trainer.loop import checkpoint_tensors
+from cptjob_trainer.optimizer import checkpoint_tensors
 
 Build = Callable[..., Any]
 

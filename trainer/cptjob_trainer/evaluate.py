@@ -3,17 +3,17 @@
 import json
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
-from cptjob_trainer.data import arrange, empty_row, padded_length, to_device
-from cptjob_trainer.model import LossModel, autocast
+from cptjob_trainer.batch import Batch, BatchShape, empty_row
+from cptjob_trainer.model import LossModel
+from cptjob_trainer.runtime import Runtime
 
 # Evaluation may cost this share of a run's time. A row costs a third of what it costs in training
 # (forward 1, backward 2), and a run has two evaluations at least.
@@ -46,72 +46,62 @@ def rows_per_source(total_rows: int, available: int, sources: int) -> int:
     return min(available, max(ROWS_AT_LEAST, min(ROWS_AT_MOST, affordable)))
 
 
+class Interrupted(Exception):
+    """An evaluation that was left because a stop was asked for."""
+
+
 class Evaluator:
     """Evaluates the same rows each time, shared between the ranks."""
 
     def __init__(
-        self,
-        sources: Sequence[Any],
-        *,
-        total_rows: int,
-        micro_batch: int,
-        max_length: int,
-        pad_id: int,
-        packed: bool,
-        documents: bool,
-        rank: int,
-        world: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        sharded: bool,
+        self, sources: Sequence[Any], shape: BatchShape, runtime: Runtime, total_rows: int
     ) -> None:
         self.sources = [s for s in sources if s.rows() > 0]
         self.counts = [
             rows_per_source(total_rows, source.rows(), len(self.sources)) for source in self.sources
         ]
-        self.micro_batch, self.max_length, self.pad_id = micro_batch, max_length, pad_id
-        self.packed, self.documents = packed, documents
-        self.rank, self.world = rank, world
-        self.device, self.dtype, self.sharded = device, dtype, sharded
+        self.shape, self.runtime = shape, runtime
 
-    def run(self, model: LossModel) -> HeldOut:
-        """Held-out losses. Collective: every rank makes the same number of forward passes."""
-        model.eval()
+    def run(self, model: LossModel, stop_asked: Callable[[], bool] = lambda: False) -> HeldOut:
+        """Held-out losses. Collective: every rank makes the same number of forward passes.
+
+        Raises Interrupted before the next pass once `stop_asked` says so in any rank.
+        """
         sums = torch.zeros(len(self.sources), 2, dtype=torch.float64)
-        with torch.no_grad():
-            for at in range(len(self.sources)):
-                sums[at] = self._source(model, at)
-        model.train()
-        if self.sharded:
-            # After a forward pass without a backward pass FSDP leaves the root's parameters whole,
-            # and whoever asks for the parameters next would get those instead of the shards.
-            cast(FSDPModule, model).reshard()
-        if self.world > 1:
-            # Loss sums cross ranks in fp64 on the CPU side where the backend allows it.
-            moved = sums.to(self.device) if self.device.type == "cuda" else sums
-            dist.all_reduce(moved)
-            sums = moved.cpu()
-        return self._summarise(sums)
+        model.eval()
+        try:
+            with torch.no_grad():
+                for at in range(len(self.sources)):
+                    sums[at] = self._source(model, at, stop_asked)
+        finally:
+            model.train()
+            if self.runtime.sharded:
+                # After a forward pass without a backward pass FSDP leaves the root's parameters
+                # whole, and whoever asks for the parameters next would get those, not the shards.
+                cast(FSDPModule, model).reshard()
+        return self._summarise(self.runtime.sum(sums).cpu())
 
-    def _source(self, model: LossModel, at: int) -> torch.Tensor:
-        source, count = self.sources[at], self.counts[at]
+    def _source(self, model: LossModel, at: int, stop_asked: Callable[[], bool]) -> torch.Tensor:
+        count, runtime = self.counts[at], self.runtime
         loss, targets = 0.0, 0
-        stride = self.world * self.micro_batch
-        for start in range(0, count, stride):
-            first = start + self.rank * self.micro_batch
-            numbers = range(first, first + self.micro_batch)
-            # Spread over the source, not its first rows: neighbours in a file are alike.
-            rows = [
-                source.row(n * source.rows() // count) if n < count else empty_row()
-                for n in numbers
-            ]
-            length = padded_length(rows, self.max_length, self.packed)
-            arranged = arrange(rows, numbers, length, self.pad_id)
-            with autocast(self.device, self.dtype, self.sharded):
-                batch = to_device(arranged, self.device, self.documents)
-                loss += float(model(batch))
-            targets += arranged.targets_count()
+        for start in range(0, count, runtime.world * self.shape.micro_batch):
+            if runtime.any(stop_asked()):
+                raise Interrupted
+            batch = self._batch(at, start + runtime.rank * self.shape.micro_batch)
+            with runtime.autocast():
+                loss += float(model(batch.to(runtime.device, model.documents)))
+            targets += batch.targets_count()
         return torch.tensor([loss, targets], dtype=torch.float64)
+
+    def _batch(self, at: int, first: int) -> Batch:
+        """Held-out rows from number `first` on; beyond the last they are empty."""
+        source, count = self.sources[at], self.counts[at]
+        numbers = range(first, first + self.shape.micro_batch)
+        # Spread over the source, not its first rows: neighbours in a file are alike.
+        rows = [
+            source.row(n * source.rows() // count) if n < count else empty_row() for n in numbers
+        ]
+        return self.shape.arrange(rows, numbers)
 
     def _summarise(self, sums: torch.Tensor) -> HeldOut:
         by_source, roles = {}, dict[str, list[float]]()

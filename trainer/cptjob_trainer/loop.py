@@ -3,43 +3,25 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
-import torch.distributed as dist
-from torch import nn
 
 from cptjob_trainer import dropout, failpoints
-from cptjob_trainer.checkpoints import Checkpoints, Saved
-from cptjob_trainer.config import TrainerConfig
-from cptjob_trainer.data import Batcher, StepRows, to_device
+from cptjob_trainer.batcher import StepRows
+from cptjob_trainer.checkpoints import Saved
+from cptjob_trainer.components import Components
 from cptjob_trainer.errors import Stopped
-from cptjob_trainer.evaluate import TIME_SHARE, Evaluator, HeldOut
+from cptjob_trainer.evaluate import TIME_SHARE, HeldOut, Interrupted
 from cptjob_trainer.metrics import MetricsLog
-from cptjob_trainer.model import LossModel, autocast, trainable
-from cptjob_trainer.optimizer import set_learning_rate
-from cptjob_trainer.reporter import Reporter
+from cptjob_trainer.model import trainable
+from cptjob_trainer.optimizer import clip_gradients, set_learning_rate
 from cptjob_trainer.schedule import default_warmup, learning_rate
 from cptjob_trainer.state import LoopState
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """Where and how this process computes."""
-
-    rank: int
-    world: int
-    device: torch.device
-    dtype: torch.dtype
-    sharded: bool
-    # Whether batches carry document borders for `packed_attention`.
-    documents: bool
-    # Whether anything is dropped, so that dropout masks must be keyed.
-    dropping: bool
 
 
 @dataclass(frozen=True)
@@ -68,32 +50,23 @@ class Trainer:
 
     def __init__(
         self,
-        config: TrainerConfig,
-        runtime: Runtime,
-        model: LossModel,
-        optimizer: torch.optim.Optimizer,
-        batcher: Batcher,
-        evaluator: Evaluator,
-        checkpoints: Checkpoints,
+        components: Components,
         state: LoopState,
-        total_steps: int,
-        source_names: Sequence[str],
         *,
-        stop_asked: Callable[[], bool],
-        metrics: MetricsLog | None,
-        reporter: Reporter,
+        stop_asked: Callable[[], bool] = lambda: False,
+        metrics: MetricsLog | None = None,
     ) -> None:
-        self.config, self.runtime = config, runtime
-        self.model, self.optimizer = model, optimizer
-        self.batcher, self.evaluator, self.checkpoints = batcher, evaluator, checkpoints
-        self.state, self.total_steps = state, total_steps
-        self.source_names = list(source_names)
-        self.stop_asked, self.metrics, self.reporter = stop_asked, metrics, reporter
-        self.parameters = [parameter for _, parameter in trainable(model)]
-        schedule = config.training.schedule
-        self.warmup_steps = (
-            default_warmup(total_steps) if schedule.warmup_steps is None else schedule.warmup_steps
-        )
+        """`stop_asked` of any rank stops all; `metrics` is rank 0's."""
+        self.config, self.runtime = components.config, components.runtime
+        self.model, self.optimizer = components.model, components.optimizer
+        self.batcher, self.evaluator = components.batcher, components.evaluator
+        self.checkpoints, self.reporter = components.checkpoints, components.reporter
+        self.total_steps, self.tensors = components.total_steps, components.tensors
+        self.state, self.stop_asked, self.metrics = state, stop_asked, metrics
+        self.source_names = [source.name for source in self.batcher.sources]
+        self.parameters = [parameter for _, parameter in trainable(self.model)]
+        warmup = self.config.training.schedule.warmup_steps
+        self.warmup_steps = default_warmup(self.total_steps) if warmup is None else warmup
 
     # --- the step -----------------------------------------------------------------------------
 
@@ -103,20 +76,20 @@ class Trainer:
         set_learning_rate(self.optimizer, rate)
         loss = torch.zeros((), device=self.runtime.device)
         for at, micro in enumerate(rows.micro_batches):
-            if at > 0 and self._any_rank_stops():
+            # Long steps must not outlast the grace period.
+            if at > 0 and self.runtime.any(self.stop_asked()):
                 self.optimizer.zero_grad(set_to_none=True)
                 self._stop()
-            batch = to_device(micro, self.runtime.device, self.runtime.documents)
-            with dropout.keyed(self.config.training.seed, batch.rows, self.runtime.dropping):
-                with autocast(self.runtime.device, self.runtime.dtype, self.runtime.sharded):
+            batch = micro.to(self.runtime.device, self.model.documents)
+            with dropout.keyed(self.config.training.seed, batch.numbers, self.model.dropping):
+                with self.runtime.autocast():
                     # Divided by the targets of the whole batch: every token of a step counts the
                     # same, whatever row, rank or micro-batch it is in.
                     part = self.model(batch) / max(1, targets)
                 part.backward()
             loss += part.detach()
         norm = clip_gradients(self.parameters, self.config.training.max_grad_norm)
-        if self.runtime.world > 1:
-            dist.all_reduce(loss)
+        loss = self.runtime.sum(loss)
         # The one moment of a step at which the host waits for the device.
         total_loss, total_norm = torch.stack([loss, norm.to(loss.dtype)]).tolist()
         skipped = self.config.training.guards.skip_non_finite and not math.isfinite(total_norm)
@@ -143,23 +116,11 @@ class Trainer:
         # Only rank 0's clock decides on an evaluation: ranks of two minds would wait for ever.
         due = self.runtime.rank == 0 and self._evaluation_due()
         values = [rows.targets, int(self.stop_asked()), int(due), *counts]
-        if self.runtime.world > 1:
-            shared = torch.tensor(values, device=self.runtime.device)
-            dist.all_reduce(shared)
-            values = [int(value) for value in shared.tolist()]
-        targets, stops, evaluations, *tokens = values
+        targets, stops, evaluations, *tokens = self.runtime.sum(torch.tensor(values)).tolist()
         named = zip(self.source_names, tokens, strict=True)
         return Agreed(
             targets, stops > 0, evaluations > 0, {n: count for n, count in named if count}
         )
-
-    def _any_rank_stops(self) -> bool:
-        """Whether to leave a step half-way: long steps must not outlast the grace period."""
-        if self.runtime.world == 1:
-            return self.stop_asked()
-        asked = torch.tensor([int(self.stop_asked())], device=self.runtime.device)
-        dist.all_reduce(asked)
-        return bool(asked.item())
 
     # --- around the step ----------------------------------------------------------------------
 
@@ -167,6 +128,8 @@ class Trainer:
         """Train to the end, with evaluations and checkpoints. Raises Stopped after a stop was asked."""
         failpoints.hit("train.start")
         self.model.train()
+        if self.state.evaluation_pending:
+            self.evaluate(base)
         waited = time.monotonic()
         for rows in self.batcher.steps(self.state.step, self.total_steps):
             began = time.monotonic()
@@ -227,11 +190,19 @@ class Trainer:
         return spent > 0 and 2.0 * spent < TIME_SHARE * trained
 
     def evaluate(self, base: HeldOut | None) -> HeldOut:
-        """Held-out losses now, written to metrics and progress, with the difference to `base`."""
+        """Held-out losses now, written to metrics and progress, with the difference to `base`.
+
+        Raises Stopped after a stop was asked; a later run then begins with this evaluation.
+        """
         failpoints.hit("train.evaluate")
         self.reporter.phase("Evaluating")
+        self.state.evaluation_pending = True
         began = time.monotonic()
-        result = self.evaluator.run(self.model)
+        try:
+            result = self.evaluator.run(self.model, self.stop_asked)
+        except Interrupted:
+            self._stop()
+        self.state.evaluation_pending = False
         self.state.evaluation_seconds += time.monotonic() - began
         values = result.metrics()
         if base is not None:
@@ -246,10 +217,6 @@ class Trainer:
         return result
 
     # --- saving -------------------------------------------------------------------------------
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint holds: trained parameters under their own names, and AdamW's moments."""
-        return checkpoint_tensors(self.model, self.optimizer)
 
     def _save_if_due(self) -> None:
         every = self.config.checkpoint.every_steps
@@ -269,29 +236,3 @@ class Trainer:
             f"stopped after step {saved.step} of {self.total_steps}, which is saved in "
             f"{saved.path}; run the same command again to continue"
         )
-
-
-def checkpoint_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[str, torch.Tensor]:
-    """Name -> tensor (or DTensor) of all that must be saved besides the loop's state."""
-    tensors: dict[str, torch.Tensor] = {}
-    for name, parameter in trainable(model):
-        state = optimizer.state[parameter]
-        if not state:
-            raise RuntimeError(f"{name} is not the parameter that the optimizer knows")
-        tensors[f"model.{name}"] = parameter.detach()
-        for key, value in state.items():
-            tensors[f"optimizer.{name}.{key}"] = value
-    return tensors
-
-
-def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> torch.Tensor:
-    """Scale gradients down to a total 2-norm of `max_norm` (0: never) and return the norm before."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm: torch.Tensor = nn.utils.get_total_norm(gradients)
-    if hasattr(norm, "full_tensor"):
-        norm = norm.full_tensor()
-    if max_norm > 0:
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm

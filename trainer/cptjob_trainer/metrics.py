@@ -15,19 +15,25 @@ from cptjob_trainer.errors import OutputError, StorageFullError
 class MetricsLog:
     """Appends JSON lines. Opened at a step, it first drops what an abandoned attempt wrote beyond it."""
 
-    def __init__(self, path: Path, step: int, events: Path | None = None) -> None:
-        """`events`: a folder that gets the same numbers as TensorBoard event files."""
+    def __init__(
+        self, path: Path, step: int, events: Path | None = None, *, evaluated: bool = True
+    ) -> None:
+        """`events`: a folder that gets the same numbers as TensorBoard event files.
+
+        evaluated: whether an evaluation of `step` itself is kept too.
+        """
         self._path = path
         with self._on_disk():
-            self._open(path, step)
+            self._open(path, step, evaluated)
         self._events: Any = None
         if events is not None:
             from torch.utils.tensorboard import SummaryWriter
 
             self._events = SummaryWriter(str(events), purge_step=step + 1)
 
-    def _open(self, path: Path, step: int) -> None:
-        kept = [line for line in read_metrics(path) if line["step"] <= step]
+    def _open(self, path: Path, step: int, evaluated: bool) -> None:
+        lines = (line for line in read_metrics(path) if line["step"] <= step)
+        kept = [x for x in lines if evaluated or x["step"] < step or "evaluation" not in x]
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")
         with temporary.open("w") as file:

@@ -1,4 +1,6 @@
-"""AdamW over two groups: matrices decay, norms and biases do not."""
+"""AdamW over two groups, matrices which decay and norms and biases which do not; what is saved of it."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -46,3 +48,29 @@ def initialise_state(optimizer: torch.optim.AdamW) -> None:
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
+
+
+def checkpoint_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, torch.Tensor]:
+    """Name -> tensor (or DTensor) of all that must be saved besides the loop's state."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, parameter in trainable(model):
+        state = optimizer.state[parameter]
+        if not state:
+            raise RuntimeError(f"{name} is not the parameter that the optimizer knows")
+        tensors[f"model.{name}"] = parameter.detach()
+        for key, value in state.items():
+            tensors[f"optimizer.{name}.{key}"] = value
+    return tensors
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Scale gradients down to a total 2-norm of `max_norm` (0: never) and return the norm before."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm: torch.Tensor = nn.utils.get_total_norm(gradients)
+    if hasattr(norm, "full_tensor"):
+        norm = norm.full_tensor()
+    if max_norm > 0:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm

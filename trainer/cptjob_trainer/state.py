@@ -21,6 +21,8 @@ class LoopState:
     evaluation_seconds: float = 0.0
     # Held-out losses of the last evaluation.
     heldout: dict[str, float] = field(default_factory=dict)
+    # A stop came into the evaluation that follows this step; it has to be made again.
+    evaluation_pending: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

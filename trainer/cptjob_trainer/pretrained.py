@@ -1,0 +1,131 @@
+"""The transformers model that training begins from: attention, dropouts and adapters in place."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cptjob_trainer import attention, dropout
+from cptjob_trainer.config import ResolvedTraining, TrainerConfig
+from cptjob_trainer.errors import ConfigError
+from cptjob_trainer.model import decoder_layers
+
+
+def load(config: TrainerConfig, packed: bool) -> Any:
+    """The whole model in fp32 on the CPU, its attention chosen by trying it.
+
+    Raises ConfigError for dropouts and adapters that have no place in it, and for weights with
+    which packed rows do not work.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model_config, missing = _model_config(config)
+    # Adapters begin with random numbers.
+    torch.manual_seed(config.training.seed)
+    lm = AutoModelForCausalLM.from_pretrained(
+        config.model.path,
+        config=model_config,
+        dtype=torch.float32,
+        trust_remote_code=False,
+        use_safetensors=True,
+    )
+    _choose_attention(lm, packed, dropout.active(lm, model_config))
+    _adapt(lm, config.training, missing)
+    return lm
+
+
+def skeleton(config: TrainerConfig, attention_name: str, parameters: Iterable[str]) -> Any:
+    """What `load` makes, on the meta device: all but the values.
+
+    attention_name, parameters: the attention that `load` chose, and the names of its parameters.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model_config, missing = _model_config(config)
+    attention.register()
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+        lm.set_attn_implementation(attention_name)
+        _adapt(lm, config.training, missing)
+    _untie(lm, parameters)
+    return lm
+
+
+def _model_config(config: TrainerConfig) -> tuple[Any, list[str]]:
+    """The model's configuration with the manifest's dropouts, and those it has no name for."""
+    from transformers import AutoConfig
+
+    model_config = AutoConfig.from_pretrained(Path(config.model.path), trust_remote_code=False)
+    dropout.check_reproducible(model_config)
+    return model_config, dropout.set_rates(model_config, _rates(config.training))
+
+
+def _rates(training: ResolvedTraining) -> dict[str, float | None]:
+    return {
+        "hidden": training.dropout.hidden,
+        "attention": training.dropout.attention,
+        "feed_forward": training.dropout.feed_forward,
+    }
+
+
+def _adapt(lm: Any, training: ResolvedTraining, missing: list[str]) -> None:
+    """Adapters, and the dropouts that the architecture has no name for."""
+    if training.method == "LoRA":
+        _add_adapters(lm, training)
+    # After the adapters, so that what is dropped is the sum of both branches.
+    layers = decoder_layers(lm)
+    dropout.inject(layers, _rates(training), missing)
+    dropout.mark_layers(layers)
+    lm.config.use_cache = False
+
+
+def _choose_attention(lm: Any, packed: bool, dropping: bool) -> None:
+    """The attention that keeps a row's documents apart; raises ConfigError when none does."""
+    if packed and not attention.settle(lm):
+        raise ConfigError(
+            "model: with these weights two documents in one row change each other's logits, though "
+            "the architecture keeps them apart with random ones; it cannot be trained packed: "
+            "please report it"
+        )
+    if dropping and lm.config._attn_implementation != attention.NAME:
+        # Only here does the dropout of scores go through F.dropout and so belong to rows.
+        lm.set_attn_implementation("eager")
+
+
+def _add_adapters(lm: Any, training: ResolvedTraining) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    lora = training.lora
+    assert lora is not None, "a resolved LoRA job has its settings"
+    targets: Any = list(lora.target_modules)
+    peft_config = LoraConfig(
+        r=lora.rank,
+        # PEFT wants a whole number by its type only.
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=targets if targets != ["all-linear"] else "all-linear",
+        task_type="CAUSAL_LM",
+    )
+    try:
+        inject_adapter_in_model(peft_config, lm)
+    except ValueError as error:
+        names = sorted(
+            {n.rpartition(".")[2] for n, m in lm.named_modules() if isinstance(m, nn.Linear)}
+        )
+        raise ConfigError(
+            f"training.lora.targetModules: {lora.target_modules} fits no layer of this model; "
+            f"its linear layers are {names}"
+        ) from error
+    for name, parameter in lm.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+
+
+def _untie(lm: Any, parameters: Iterable[str]) -> None:
+    """Part what the configuration ties though the checkpoint holds two different tensors for it."""
+    for name in set(parameters) - {name for name, _ in lm.named_parameters()}:
+        owner, _, attribute = name.rpartition(".")
+        tied = lm.get_parameter(name)
+        own = nn.Parameter(torch.empty_like(tied), requires_grad=tied.requires_grad)
+        setattr(lm.get_submodule(owner), attribute, own)
