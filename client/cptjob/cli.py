@@ -4,8 +4,6 @@ An error is one clear line on stderr; exit codes are those of cptjob_trainer.err
 import is imported by the command that needs it.
 """
 
-import contextlib
-import json
 import os
 import shlex
 import subprocess
@@ -114,6 +112,7 @@ def run(file: Path, output: Path | None, volumes: tuple[str, ...], processes: in
 
     from cptjob import local
     from cptjob.live import LiveDisplay
+    from cptjob.summary import summary
 
     job = _load(file, output, volumes, processes)
     ending = local.run(job.config, LiveDisplay(Console(stderr=True)), job.environment)
@@ -121,7 +120,7 @@ def run(file: Path, output: Path | None, volumes: tuple[str, ...], processes: in
     if ending.exit_code == 0:
         if ending.complete:
             click.echo(f"{out} is complete already; nothing is left to do.")
-        click.echo(summary(out))
+        click.echo(summary(job.config))
     elif ending.exit_code in (local.STOPPED, local.KILLED):
         click.echo(ending.message[:1].upper() + ending.message[1:], err=True)
         click.echo(f"To continue: {_again()}", err=True)
@@ -145,54 +144,6 @@ def _load(
 
 def _again() -> str:
     return shlex.join([sys.argv[0] if sys.argv[0].endswith("cptjob") else "cptjob", *sys.argv[1:]])
-
-
-def summary(out: Path) -> str:
-    """Where everything is, what the training did to held-out losses, and how to use the model."""
-    manifest: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError):
-        manifest = dict(json.loads((out / "manifest.json").read_bytes()))
-    shown = _shown(out)
-    lines = [_losses(manifest, role) for role in ("domain", "general")]
-    lines += ["", f"Model:        {shown / 'model'}"]
-    if (out / "adapter").is_dir():
-        lines.append(f"Adapter:      {shown / 'adapter'}")
-    lines += [
-        f"Report:       {shown / 'report.html'}",
-        f"Checkpoints:  {shown / 'checkpoints'}",
-        "",
-        "Use it:",
-        f"  {shlex.quote(_python())} -c {shlex.quote(_usage_example(shown / 'model'))}",
-    ]
-    return "\n".join(lines)
-
-
-def _losses(manifest: dict[str, Any], role: str) -> str:
-    metrics, unknown = manifest.get("metrics", {}), manifest.get("notFinite", {})
-    after = metrics.get(f"heldout_{role}_loss")
-    before = metrics.get(f"heldout_{role}_loss_base")
-    reason = unknown.get(f"heldout_{role}_loss") or unknown.get(f"heldout_{role}_loss_base")
-    name = f"Held-out loss, {role} text:"
-    if not isinstance(after, int | float) or not isinstance(before, int | float):
-        return f"{name:<29}{reason or 'not measured'}"
-    return f"{name:<29}{before:.4f} before, {after:.4f} after ({after - before:+.4f})"
-
-
-def _shown(path: Path) -> Path:
-    """Relative to the current directory where that is shorter to read."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
-def _python() -> str:
-    return str(_shown(Path(sys.executable)))
-
-
-def _usage_example(model: Path) -> str:
-    return (
-        "from transformers import pipeline; "
-        f'print(pipeline("text-generation", "{model}")'
-        '("The", max_new_tokens=40)[0]["generated_text"])'
-    )
 
 
 @cli.command()

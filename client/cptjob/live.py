@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 
 #: Seconds between two plain lines while nothing but numbers changes.
 LINE_SECONDS = 10.0
@@ -27,8 +28,10 @@ class LiveDisplay:
         if self._console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description:<10}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.fields[details]}"),
+                BarColumn(bar_width=max(5, min(24, self._console.width // 8))),
+                # What does not fit stands in a second line; nothing is cut off.
+                TextColumn("{task.fields[details]}", table_column=Column(ratio=1)),
+                expand=True,
                 console=self._console,
                 transient=True,
             )

@@ -3,6 +3,7 @@
 import io
 from typing import Any
 
+import pytest
 from rich.console import Console
 
 from cptjob.live import LiveDisplay, describe, duration, si
@@ -48,6 +49,17 @@ def test_on_a_terminal_it_draws_a_bar() -> None:
         display.say("a note")
     assert "step 12 of 40" in text.getvalue()
     assert "a note" in text.getvalue()
+
+
+@pytest.mark.parametrize("width", [30, 40, 60, 80, 200])
+def test_nothing_is_cut_off_in_a_narrow_terminal(width: int) -> None:
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=width, height=50, color_system=None)
+    with LiveDisplay(console) as display:
+        display.update(TRAINING)
+    last = text.getvalue().rpartition("Training")[2]
+    words = [word for word in last.split() if word.strip("━╸╺") and "\x1b" not in word]
+    assert " ".join(words) == describe(TRAINING)
 
 
 def test_numbers_are_short() -> None:

@@ -148,6 +148,7 @@ def test_ctrl_c_saves_stops_and_says_how_to_continue(client: Client) -> None:
     assert code == 143
     assert client.notes("saved") == 2
     assert "a checkpoint is saved first" in errors
+    assert "stopped: stopped" not in errors.lower()
     assert "To continue: cptjob run job.yaml --output out --processes 2" in errors
     assert _processes_of(client.output) == []
 
@@ -164,7 +165,7 @@ def test_a_second_ctrl_c_stops_at_once(client: Client) -> None:
     process.send_signal(signal.SIGINT)
     code, _, errors = client.end(process)
     assert code == 130
-    assert "stopped at once" in errors
+    assert "Stopped at once" in errors
     _wait_until(lambda: _processes_of(client.output) == [], "no process is left")
 
 
