@@ -2,12 +2,21 @@
 
 import os
 import signal
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 MakeJob = Callable[..., Any]
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A folder that sockets may lie in; pytest's have names that are too long."""
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
 
 
 def test_a_job_that_ends_well_exits_0_and_shares_the_cores(job: MakeJob) -> None:
@@ -110,6 +119,26 @@ def test_a_kill_of_the_launcher_leaves_no_process(job: MakeJob) -> None:
     launcher.wait()
     for pid in family:
         made.wait_until(lambda pid=pid: not made.is_alive(pid), f"{pid} ends")
+
+
+def test_what_a_killed_launcher_left_is_removed_by_the_next(job: MakeJob, short_path: Path) -> None:
+    made, temporary = job("train"), short_path
+    foreign = temporary / "cptjob-elsewhere-999999999-x"
+    foreign.mkdir()
+    killed = made.launch(TMPDIR=str(temporary))
+    made.wait_until(lambda: len(made.notes("training")) == 2, "workers train")
+    killed.kill()
+    made.end(killed)
+    assert len(list(temporary.iterdir())) == 2
+    for note in made.output.glob("training.*"):
+        note.unlink()
+    launcher = made.launch(TMPDIR=str(temporary))
+    made.wait_until(lambda: len(made.notes("training")) == 2, "workers train again")
+    (left,) = set(temporary.iterdir()) - {foreign}
+    assert f"-{launcher.pid}-" in left.name
+    launcher.terminate()
+    assert made.end(launcher)[0] == 143
+    assert list(temporary.iterdir()) == [foreign]
 
 
 def test_a_launcher_whose_parent_dies_lets_the_workers_save(job: MakeJob) -> None:

@@ -9,7 +9,6 @@ import contextlib
 import os
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
     RendezvousTimeout,
 )
 
-from cptjob_trainer import forkserver, store, termination
+from cptjob_trainer import forkserver, store, temporary, termination
 from cptjob_trainer.errors import NEVER_RETRIED
 from cptjob_trainer.termination import STOPPED, Termination
 
@@ -142,14 +141,9 @@ class Agent(SimpleElasticAgent):
         self._store_of_workers: TCPStore | None = None
         self._stop_forwarded = False
         self._kill_at = float("inf")
-        self._messages = tempfile.TemporaryDirectory(prefix="cptjob-launch-")
         self._starts = 0
         self._said_by_others = said_by_others
         self._next_question = 0.0
-
-    def close(self) -> None:
-        """Removes the workers' termination files."""
-        self._messages.cleanup()
 
     # --- stopping -----------------------------------------------------------------------------
 
@@ -221,7 +215,7 @@ class Agent(SimpleElasticAgent):
         self._workers = []
         master = self._meet_in_store(worker_group)
         for worker in worker_group.workers:
-            message = Path(self._messages.name) / f"{self._starts}-{worker.global_rank}.json"
+            message = temporary.directory() / f"{self._starts}-{worker.global_rank}.json"
             environment = {
                 **self._settings.environment,
                 **master,

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from cptjob_trainer import forkserver, lifeline, termination
+from cptjob_trainer import forkserver, lifeline, temporary, termination
 from cptjob_trainer.config import AcceptedConfig
 from cptjob_trainer.errors import CPTJobError, Stopped, UsageError
 from cptjob_trainer.locks import OutputLock
@@ -68,6 +68,7 @@ def _leave(code: str | int | None) -> NoReturn:
     """Not sys.exit: it would wait for threads of the rendezvous, and abort one in a store call."""
     sys.stdout.flush()
     sys.stderr.flush()
+    temporary.remove()
     os._exit(code if isinstance(code, int) else 1)
 
 
@@ -108,6 +109,7 @@ def _launch(options: argparse.Namespace) -> Termination:
         if (config.paths.output / "manifest.json").exists():
             # The coordinator may find that nothing is left to do.
             address = _wait_for_address(options.store)
+        temporary.directory()
         forkserver.start(options.entrypoint)
         address = address or _wait_for_address(options.store)
         from cptjob_trainer.agent import StopRequested  # imports torch, while the server does too
@@ -209,7 +211,6 @@ def _run_agent(
         ended = _outcome(agent, client, lost)
     finally:
         threading.Thread(target=handler.shutdown, daemon=True).start()
-        agent.close()
     _announce(client, ended)
     return ended
 
