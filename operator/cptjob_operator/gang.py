@@ -43,9 +43,7 @@ class Gang:
     @property
     def coordinator_id(self) -> PodId:
         """Identity of the coordinator that is wanted. It outlives attempts, so it has attempt 0."""
-        return PodId(
-            self.uid, 0, Role.COORDINATOR, 0, self.incarnation(Role.COORDINATOR, 0)
-        )
+        return PodId(self.uid, 0, Role.COORDINATOR, 0, self.incarnation(Role.COORDINATOR, 0))
 
     @property
     def coordinator(self) -> Pod | None:
@@ -107,6 +105,4 @@ def next_attempt(status: CPTJobStatus) -> CPTJobStatus:
         for each in status.incarnations
         if each.role == Role.COORDINATOR
     }
-    return with_incarnations(
-        status.model_copy(update={"attempt": status.attempt + 1}), table
-    )
+    return with_incarnations(status.model_copy(update={"attempt": status.attempt + 1}), table)

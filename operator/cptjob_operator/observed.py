@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from cptjob_operator.identity import PodId, Role
 from cptjob_operator.profile import Profile
-from cptjob_trainer.config import TrainerConfig
+from cptjob_trainer.config import AcceptedConfig
 from cptjob_trainer.termination import Termination
 
 PodPhase = Literal["Pending", "Running", "Succeeded", "Failed", "Unknown"]
@@ -138,7 +138,7 @@ class Observed:
     children: tuple[Child, ...] = ()
     #: What was frozen at acceptance, read back from the ConfigMap; None before acceptance.
     profile: Profile | None = None
-    config: TrainerConfig | None = None
+    config: AcceptedConfig | None = None
     #: GPUs in use on each node by pods that are not ours; None when the operator may not list pods.
     used_gpus: Mapping[str, int] | None = None
     nodes: Mapping[str, Node] = field(default_factory=dict)

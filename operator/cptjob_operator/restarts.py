@@ -18,6 +18,7 @@ from cptjob_api.conditions import Reason
 from cptjob_api.spec import FailurePolicy
 from cptjob_api.status import CPTJobStatus, ExcludedNode, LastFailure
 from cptjob_operator.outcomes import Outcome
+from cptjob_operator.settings import Backoff, Settings
 
 Rung = Literal["pod", "gang"]
 
@@ -25,10 +26,6 @@ Rung = Literal["pod", "gang"]
 CASCADE = timedelta(seconds=15)
 #: Failures in a row at one step, after which another restart would only cost GPU time.
 MAX_AT_ONE_STEP = 4
-#: Restarts that do not count are bounded too: a node that is drained every minute is no place to train.
-MAX_UNCOUNTED = 1000
-BACKOFF_BASE_SECONDS = 10.0
-BACKOFF_CAP_SECONDS = 600.0
 _SHORT = 1000
 
 
@@ -52,7 +49,9 @@ class Restart:
 
 def root(failures: list[Failure]) -> Failure:
     """The failure that explains the others: a counted one before one that was done to the job."""
-    return min(failures, key=lambda each: (not each.outcome.counted, each.outcome.cause == "Stopped"))
+    return min(
+        failures, key=lambda each: (not each.outcome.counted, each.outcome.cause == "Stopped")
+    )
 
 
 def answer(
@@ -60,6 +59,7 @@ def answer(
     failures: list[Failure],
     survivors: int,
     policy: FailurePolicy,
+    settings: Settings,
     uid: str,
     now: datetime,
 ) -> Restart:
@@ -73,7 +73,7 @@ def answer(
     rung: Rung = "pod" if survivors and repeated <= 1 else "gang"
     step = status.trainer_status.current_step if status.trainer_status else None
     at_step = last.at_step + 1 if last and repeated > 1 and last.step == step else 1
-    delay = 0.0 if repeated <= 1 else backoff_seconds(repeated - 1, uid)
+    delay = 0.0 if repeated <= 1 else backoff_seconds(repeated - 1, settings.timing.backoff, uid)
     counted_status = status.model_copy(
         update={
             "restarts": status.restarts + (0 if cascade else 1),
@@ -97,13 +97,13 @@ def answer(
             else status.excluded_nodes,
         }
     )
-    return Restart(rung, counted_status, _give_up(counted_status, policy, cause))
+    return Restart(rung, counted_status, _give_up(counted_status, policy, settings, cause))
 
 
-def not_started(pod: str, node: str | None, message: str, times: int, now: datetime) -> LastFailure:
+def not_started(pod: str, message: str, times: int, now: datetime) -> LastFailure:
     """A gang that did not come up in time; `times` in a row. It counts against nothing."""
     return LastFailure(
-        time=now, pod=pod, node=node, reason="NotStarted", message=message[:_SHORT], repeated=times
+        time=now, pod=pod, reason="NotStarted", message=message[:_SHORT], repeated=times
     )
 
 
@@ -122,12 +122,12 @@ def refill(status: CPTJobStatus, policy: FailurePolicy) -> CPTJobStatus:
     )
 
 
-def backoff_seconds(times: int, uid: str) -> float:
+def backoff_seconds(times: int, backoff: Backoff, uid: str) -> float:
     """Seconds to wait before try `times` + 1: doubling from the base to the cap, spread by a fifth.
 
     The spread is a hash, so that the same question gets the same answer.
     """
-    plain = min(BACKOFF_CAP_SECONDS, BACKOFF_BASE_SECONDS * 2.0 ** (times - 1))
+    plain = min(backoff.cap_seconds, backoff.base_seconds * 2.0 ** min(times - 1, 30))
     drawn = hashlib.sha256(f"{uid}/{times}".encode()).digest()[0] / 255.0
     return plain * (0.8 + 0.4 * drawn)
 
@@ -140,7 +140,7 @@ def _repeated(status: CPTJobStatus, counted: bool, cascade: bool) -> int:
 
 
 def _give_up(
-    status: CPTJobStatus, policy: FailurePolicy, cause: Failure
+    status: CPTJobStatus, policy: FailurePolicy, settings: Settings, cause: Failure
 ) -> tuple[Reason, str] | None:
     said = f"{cause.pod}: {cause.outcome.message}"
     if status.restarts_count_towards_max > policy.max_restarts:
@@ -148,18 +148,24 @@ def _give_up(
             f"failed {status.restarts_count_towards_max} times, more than failurePolicy.maxRestarts "
             f"({policy.max_restarts}) allows; the last: {said}"
         )
-    if status.restarts > MAX_UNCOUNTED + policy.max_restarts:
+    if status.restarts > settings.limits.max_uncounted_restarts + policy.max_restarts:
         return Reason.RESTARTS_EXHAUSTED, (
             f"restarted {status.restarts} times, disruptions included; the last: {said}"
         )
     last = status.last_failure
     if last is not None and last.step is not None and last.at_step > MAX_AT_ONE_STEP:
-        return Reason.FAILS_AT_STEP, f"failed {last.at_step} times in a row at step {last.step}: {said}"
+        return (
+            Reason.FAILS_AT_STEP,
+            f"failed {last.at_step} times in a row at step {last.step}: {said}",
+        )
     return None
 
 
 def _exclude(
-    excluded: tuple[ExcludedNode, ...], failures: list[Failure], policy: FailurePolicy, now: datetime
+    excluded: tuple[ExcludedNode, ...],
+    failures: list[Failure],
+    policy: FailurePolicy,
+    now: datetime,
 ) -> tuple[ExcludedNode, ...]:
     """The nodes to avoid, with those to blame for `failures` added."""
     table = {each.name: each for each in excluded if each.until is None or each.until > now}

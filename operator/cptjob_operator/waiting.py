@@ -12,10 +12,21 @@ from cptjob_api.conditions import Reason
 from cptjob_operator.observed import Pod
 
 #: Obstacles that time does not remove: somebody must mend an image, a secret or a volume.
-BROKEN = (Reason.IMAGE_PULL_FAILED, Reason.CONTAINER_CONFIG_ERROR, Reason.MOUNT_FAILED)
+BROKEN = (
+    Reason.IMAGE_PULL_FAILED,
+    Reason.CONTAINER_CONFIG_ERROR,
+    Reason.WAITING_FOR_SECRET,
+    Reason.MOUNT_FAILED,
+)
 
 _IMAGE = frozenset(
-    {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError"}
+    {
+        "ErrImagePull",
+        "ImagePullBackOff",
+        "InvalidImageName",
+        "ErrImageNeverPull",
+        "ImageInspectError",
+    }
 )
 _CONFIG = frozenset({"CreateContainerConfigError", "CreateContainerError", "RunContainerError"})
 _SECRET = re.compile(r'secret "([^"]+)" not found')

@@ -1,0 +1,109 @@
+"""Rules until there is something to train on: acceptance and the coordinator. Pure."""
+
+from dataclasses import replace
+
+from cptjob_api.conditions import Condition, Phase, Reason
+from cptjob_operator import accept, outcomes, pods, restarts, waiting
+from cptjob_operator.look import LOOK_AGAIN_SECONDS, Look
+from cptjob_operator.observed import Pod
+from cptjob_operator.wanted import Event, Wanted
+
+
+def acceptance(look: Look) -> Wanted | Look | None:
+    """A new job: decide everything that it leaves out, once, or say why it cannot be done."""
+    status = look.job.status
+    before = status.resolved if status else None
+    if before is not None and look.observed.profile is not None:
+        return None
+    answer = accept.accept(look.job, look.settings)
+    if isinstance(answer, accept.Refused):
+        return look.fail(answer.reason, answer.message)
+    # When only the ConfigMap was lost, what was decided stands.
+    resolved = before or answer.resolved.status()
+    told = () if before else (Event("Normal", Reason.ACCEPTED, Reason.ACCEPTED.sentence),)
+    return look.with_status(
+        look.status.model_copy(update={"resolved": resolved}),
+        observed=replace(look.observed, profile=answer.profile, config=answer.config),
+        events=(*look.events, *told),
+    )
+
+
+def preparation(look: Look) -> Wanted | None:
+    """Until the coordinator is ready: model and data are being checked and made into tokens."""
+    gang = look.gang
+    pod = gang.coordinator
+    if pod is not None and pod.phase == "Failed":
+        return _coordinator_failed(look, pod)
+    lost = pod is None and gang.coordinator_id in look.observed.vanished
+    if lost or (pod is not None and pod.deleting is not None):
+        return _replace_coordinator(look, pod)
+    if pod is None:
+        return _make_coordinator(look)
+    if pod.ready:
+        return None
+    if look.status.condition(Condition.RUNNING) and gang.active_workers:
+        return None  # workers that train wait for a new coordinator in their rendezvous
+    found = waiting.obstacle([pod])
+    if found is not None:
+        return look.wait(Phase.PENDING, found.reason, found.message, LOOK_AGAIN_SECONDS)
+    message = _preparing_message(look)
+    return look.settle(
+        Wanted(
+            status=look.stand(Phase.PREPARING, Reason.PREPARING, message),
+            objects=look.missing_children(),
+        )
+    )
+
+
+def _make_coordinator(look: Look) -> Wanted:
+    due = look.status.retry_time
+    if due is not None and look.now < due:
+        last = look.status.last_failure
+        message = f"{last.message}; trying again at {due:%H:%M:%S}Z" if last else ""
+        status = look.stand(Phase.RESTARTING, Reason.RESTARTING, message)
+        return look.settle(Wanted(status=status, objects=look.missing_children(), again=due))
+    refused = look.observed.refused.get("Pod")
+    if refused is not None:
+        return look.wait(Phase.PENDING, Reason.WAITING_FOR_QUOTA, refused, LOOK_AGAIN_SECONDS)
+    training = look.status.condition(Condition.RUNNING) is not None
+    phase = Phase.RESTARTING if training else Phase.PREPARING
+    reason = Reason.RESTARTING if training else Reason.PREPARING
+    pod = pods.coordinator(look.job, look.profile, look.gang.coordinator_id)
+    return look.settle(
+        Wanted(
+            status=look.stand(phase, reason, reason.sentence),
+            objects=(*look.missing_children(), pod),
+        )
+    )
+
+
+def _coordinator_failed(look: Look, pod: Pod) -> Wanted:
+    end = outcomes.outcome(pod, look.profile.model_path)
+    if end.fatal is not None:
+        return look.fail(end.fatal, end.message)
+    return _replace_coordinator(look, pod)
+
+
+def _replace_coordinator(look: Look, pod: Pod | None) -> Wanted:
+    """Its successor finds the prepared data; workers that train join its store in place."""
+    gang = look.gang
+    name = gang.coordinator_id.name(look.job.metadata.name)
+    end = outcomes.outcome(pod, look.profile.model_path) if pod else outcomes.vanished()
+    failure = restarts.Failure(name, pod.node if pod else None, end)
+    restart = restarts.answer(
+        look.status, [failure], 1, look.spec.failure_policy, look.settings, look.uid, look.now
+    )
+    if restart.fatal is not None:
+        return look.with_status(restart.status).fail(*restart.fatal)
+    status = replace(gang, status=restart.status).next_incarnation(gang.coordinator_id)
+    told = Event("Warning", Reason.RESTARTING, f"coordinator {name}: {end.message}")
+    replaced = look.with_status(
+        status, events=(*look.events, told), restarts=(*look.restarts, end.cause)
+    )
+    return _make_coordinator(replaced)
+
+
+def _preparing_message(look: Look) -> str:
+    report = look.observed.report
+    said = report.progress.get("message") if report else None
+    return said[:200] if isinstance(said, str) and said else Reason.PREPARING.sentence

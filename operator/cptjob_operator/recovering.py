@@ -1,0 +1,153 @@
+"""Rules for workers that failed, do not start, or must wait before they are tried again. Pure."""
+
+from dataclasses import replace
+from datetime import datetime, timedelta
+
+from cptjob_api.conditions import Condition, Phase, Reason
+from cptjob_operator import accounting, outcomes, restarts, waiting
+from cptjob_operator.gang import Gang, next_attempt
+from cptjob_operator.look import Look
+from cptjob_operator.observed import Pod
+from cptjob_operator.wanted import Event, Wanted
+
+
+def failures(look: Look) -> Wanted | Look | None:
+    """Workers that failed, were taken away or vanished: the restart ladder."""
+    gang = look.gang
+    found = [
+        restarts.Failure(pod.name, pod.node, outcomes.outcome(pod, look.profile.model_path))
+        for pod in gang.ended(gang.workers)
+    ]
+    gone = [each for each in gang.missing if each in look.observed.vanished or _was_running(look)]
+    found += [
+        restarts.Failure(each.name(look.job.metadata.name), None, outcomes.vanished())
+        for each in gone
+    ]
+    if not found:
+        return None
+    fatal = next((each for each in found if each.outcome.fatal), None)
+    if fatal is not None and fatal.outcome.fatal is not None:
+        return look.fail(fatal.outcome.fatal, fatal.outcome.message)
+    ended = {pod.id for pod in gang.ended(gang.workers)}
+    survivors = [pod for pod in gang.workers if pod.active and pod.id not in ended]
+    restart = restarts.answer(
+        look.status,
+        found,
+        len(survivors),
+        look.spec.failure_policy,
+        look.settings,
+        look.uid,
+        look.now,
+    )
+    if restart.fatal is not None:
+        return look.with_status(restart.status).fail(*restart.fatal)
+    if restart.rung == "gang":
+        status = next_attempt(restart.status)
+    else:
+        status = replace(gang, status=restart.status).next_incarnation(*ended, *gone)
+    lost = accounting.lose(look.status, look.gpus_per_node, _useful_until(look), look.now)
+    status = status.model_copy(update={"lost_gpu_seconds": status.lost_gpu_seconds + lost})
+    cause = restarts.root(found)
+    reason = Reason.RESTARTING if cause.outcome.counted else Reason.DISRUPTED
+    told = Event("Warning", reason, f"{cause.pod}: {cause.outcome.message}")
+    return look.with_status(
+        status,
+        events=(*look.events, told),
+        restarts=(*look.restarts, cause.outcome.cause),
+    )
+
+
+def giving_back(look: Look) -> Wanted | None:
+    """A gang that does not come up in time frees the nodes that it holds, and tries again later."""
+    gang = look.gang
+    due = start_due(look)
+    if due is None or look.now < due:
+        return None
+    late = _late(gang)
+    found = waiting.obstacle(late)
+    last = look.status.last_failure
+    times = last.repeated + 1 if last and last.reason == "NotStarted" else 1
+    refused = look.observed.refused.get("Pod") if gang.missing else None
+    why = refused or (found.message if found else f"{len(late)} of {gang.size} are not ready")
+    message = f"not all workers started in time: {why}"
+    retry = look.now + timedelta(
+        seconds=restarts.backoff_seconds(times + 2, look.settings.timing.backoff, look.uid)
+    )
+    status = next_attempt(look.status).model_copy(
+        update={
+            "restarts": look.status.restarts + 1,
+            "retry_time": retry,
+            "last_failure": restarts.not_started(
+                (*late, *gang.workers)[0].name, message, times, look.now
+            ),
+        }
+    )
+    given = look.with_status(status)
+    return given.settle(
+        Wanted(
+            status=given.stand(Phase.RESTARTING, Reason.STARTUP_DEADLINE_EXCEEDED, message),
+            events=(Event("Warning", Reason.STARTUP_DEADLINE_EXCEEDED, message),),
+            again=retry,
+            restarts=("NotStarted",),
+        )
+    )
+
+
+def backing_off(look: Look) -> Wanted | None:
+    """After repeated failures nothing is made until its time has come."""
+    due = look.status.retry_time
+    if due is None or look.now >= due or not look.gang.missing:
+        return None
+    last = look.status.last_failure
+    message = f"{last.message}; trying again at {due:%H:%M:%S}Z" if last else ""
+    wanted = Wanted(
+        status=look.stand(Phase.RESTARTING, Reason.RESTARTING, message),
+        objects=look.missing_children(),
+        again=due,
+    )
+    return look.settle(wanted)
+
+
+def _was_running(look: Look) -> bool:
+    """All workers of this attempt were seen; one that is missing now is not one yet to be made."""
+    condition = look.status.condition(Condition.RUNNING)
+    return (
+        look.status.phase is Phase.RUNNING
+        and condition is not None
+        and condition.status == "True"
+        and look.status.pods is not None
+        and look.status.pods.ready >= look.gang.size
+    )
+
+
+def _useful_until(look: Look) -> datetime | None:
+    """What was trained after this is lost with the gang."""
+    saved = look.status.last_checkpoint
+    condition = look.status.condition(Condition.RUNNING)
+    begun = condition.last_transition_time if condition and condition.status == "True" else None
+    if saved is None or (begun is not None and saved.time < begun):
+        return begun
+    return saved.time
+
+
+def _late(gang: Gang) -> list[Pod]:
+    """Workers that are not up yet, though no queue holds them back."""
+    return [pod for pod in gang.workers if pod.active and not pod.ready and not pod.gated]
+
+
+def start_due(look: Look) -> datetime | None:
+    """When the gang gives back what it holds; None when nothing is late.
+
+    The clock starts with the newest pod: one that replaces another has its own time.
+    """
+    gang = look.gang
+    late = _late(gang)
+    refused = bool(gang.missing) and "Pod" in look.observed.refused
+    made = [pod.created for pod in late or (gang.workers if refused else ()) if pod.created]
+    if not made:
+        return None
+    found = waiting.obstacle(late)
+    seconds = look.spec.startup_deadline_seconds
+    if found is not None and found.reason in waiting.BROKEN:
+        seconds = min(seconds, look.settings.timing.broken_start_seconds)
+    return max(made) + timedelta(seconds=seconds)

@@ -1,0 +1,127 @@
+"""Rules for workers on their way, and for those that train. Pure."""
+
+from collections.abc import Iterable
+from datetime import datetime, timedelta
+from typing import Any
+
+from cptjob_api.conditions import Condition, Phase, Reason
+from cptjob_api.status import CPTJobStatus
+from cptjob_operator import placement, pods, waiting
+from cptjob_operator.identity import PodId
+from cptjob_operator.look import LOOK_AGAIN_SECONDS, Look
+from cptjob_operator.observed import Pod
+from cptjob_operator.recovering import start_due
+from cptjob_operator.wanted import Event, Wanted
+
+
+def placing(look: Look) -> Wanted | None:
+    """Nodes named by hand must be there, and fit, before anything is sent to them."""
+    if not look.gang.missing or look.spec.scheduling.mode != "Manual":
+        return None
+    problems = placement.check(
+        look.profile, look.gang.size, look.observed.nodes, look.observed.used_gpus
+    )
+    if not problems:
+        return None
+    message = "; ".join(each.message for each in problems)
+    return look.wait(_before_running(look), problems[0].reason, message, LOOK_AGAIN_SECONDS)
+
+
+def starting(look: Look) -> Wanted | None:
+    """Make the workers that are missing, and say what the others wait for."""
+    gang = look.gang
+    late = [pod for pod in gang.workers if not pod.ready and pod.active]
+    if not gang.missing and not late:
+        return None
+    phase = _before_running(look)
+    wanted = Wanted(
+        status=_starting_status(look, phase, late),
+        objects=(*look.missing_children(), *_make_workers(look, gang.missing)),
+        again=_look_again(look),
+    )
+    return look.settle(wanted)
+
+
+def running(look: Look) -> Wanted | None:
+    """Every worker trains."""
+    status = look.stand(
+        Phase.RUNNING,
+        Reason.RUNNING,
+        Reason.RUNNING.sentence,
+        retry_time=None,
+    )
+    events: tuple[Event, ...] = ()
+    if look.status.phase is not Phase.RUNNING:
+        events = (Event("Normal", Reason.RUNNING, f"{look.gang.size} workers train"),)
+    limit = look.spec.active_deadline_seconds
+    again = None
+    if limit is not None:
+        again = look.now + timedelta(seconds=max(1, limit - look.status.active_seconds))
+    wanted = Wanted(status=status, objects=look.missing_children(), events=events, again=again)
+    return look.settle(wanted)
+
+
+def _make_workers(look: Look, missing: Iterable[PodId]) -> tuple[dict[str, Any], ...]:
+    if "Pod" in look.observed.refused:
+        missing = ()
+    excluded = [each for each in look.status.excluded_nodes if not _over(each.until, look.now)]
+    soft = tuple(each.name for each in excluded if each.failures < 2)
+    hard = tuple(each.name for each in excluded if each.failures >= 2)
+    return tuple(pods.worker(look.job, look.profile, each, soft, hard) for each in missing)
+
+
+def _over(until: datetime | None, now: datetime) -> bool:
+    return until is not None and until <= now
+
+
+def _before_running(look: Look) -> Phase:
+    """Starting for the first time, or again."""
+    again = look.status.last_failure is not None or _ran(look)
+    return Phase.RESTARTING if again else Phase.STARTING
+
+
+def _ran(look: Look) -> bool:
+    return look.status.condition(Condition.RUNNING) is not None and (
+        look.status.attempt > 0 or look.status.phase in (Phase.RUNNING, Phase.RESTARTING)
+    )
+
+
+def _starting_status(look: Look, phase: Phase, late: list[Pod]) -> CPTJobStatus:
+    refused = look.observed.refused.get("Pod")
+    found = waiting.obstacle(late)
+    if refused is not None and look.gang.missing:
+        reason, message = Reason.WAITING_FOR_QUOTA, refused
+    elif found is not None:
+        reason, message = found.reason, found.message
+    else:
+        reason, message = Reason.STARTING, Reason.STARTING.sentence
+    if reason is Reason.QUEUED:
+        phase = Phase.QUEUED
+    elif reason is Reason.UNSCHEDULABLE:
+        message = _explain(look, message)
+    bound = len(look.gang.workers) == look.gang.size and all(
+        pod.node is not None for pod in look.gang.workers
+    )
+    scheduled = (
+        (Condition.SCHEDULED, True, Reason.SCHEDULED, Reason.SCHEDULED.sentence)
+        if bound
+        else (Condition.SCHEDULED, False, reason, message)
+    )
+    return look.stand(phase, reason, message, scheduled)
+
+
+def _explain(look: Look, message: str) -> str:
+    """What the scheduler says, and what the pool has."""
+    problems = placement.check(
+        look.profile, look.gang.size, look.observed.nodes, look.observed.used_gpus
+    )
+    return "; ".join([message, *(each.message for each in problems)])
+
+
+def _look_again(look: Look) -> datetime | None:
+    """When to look at workers that are not up yet."""
+    due = start_due(look)
+    if "Pod" in look.observed.refused:
+        soon = look.now + timedelta(seconds=LOOK_AGAIN_SECONDS)
+        return min(soon, due) if due else soon
+    return due
