@@ -20,7 +20,7 @@ from cptjob_operator.plan import plan
 from cptjob_operator.profile import Profile
 from cptjob_operator.settings import Settings
 from cptjob_operator.wanted import Wanted
-from cptjob_trainer.config import TrainerConfig
+from cptjob_trainer.config import AcceptedConfig
 from cptjob_trainer.termination import Termination
 
 UID = "3f0c8a52-7d1e-4a57-9d0a-6c1d2b3e4f50"
@@ -33,7 +33,7 @@ SPEC: dict[str, Any] = {
     "trainer": {"numNodes": 2, "resourcesPerNode": {"limits": {"nvidia.com/gpu": "8"}}},
     "scheduling": {"pool": "a100"},
 }
-SETTINGS: dict[str, Any] = {"pools": {"a100": {}}}
+SETTINGS: dict[str, Any] = {"pools": {"a100": {}}, "jobs": {"image": "cptjob/trainer:1"}}
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -59,7 +59,7 @@ class World:
     vanished: set[PodId] = field(default_factory=set)
     children: dict[str, Child] = field(default_factory=dict)
     profile: Profile | None = None
-    config: TrainerConfig | None = None
+    config: AcceptedConfig | None = None
     nodes: dict[str, Node] = field(default_factory=dict)
     report: Report | None = None
     refused: dict[str, str] = field(default_factory=dict)
@@ -134,7 +134,7 @@ class World:
             )
             if manifest["kind"] == "ConfigMap":
                 self.profile = Profile.from_json(manifest["data"]["profile.json"])
-                self.config = TrainerConfig.from_json(manifest["data"]["config.json"])
+                self.config = AcceptedConfig.from_json(manifest["data"]["config.json"])
             return
         identity = PodId.of(manifest["metadata"]["labels"])
         assert identity is not None
@@ -191,7 +191,9 @@ class World:
         for pod in pods:
             self.change(pod, phase="Running", ready=True, node=pod.node or f"node-{pod.id.index}")
 
-    def fail(self, pod: Pod, code: int = 1, reason: str = "", message: str = "", **more: Any) -> None:
+    def fail(
+        self, pod: Pod, code: int = 1, reason: str = "", message: str = "", **more: Any
+    ) -> None:
         said = Termination(code, reason, message) if reason else None
         end = Ended(code, "Error", "", self.now, said)
         self.change(pod, phase="Failed", ready=False, ended=end, **more)

@@ -229,7 +229,9 @@ class TestRestarts:
         stays = job.workers[1]
         job.fail(job.workers[0])
         wanted = job.step()
-        assert [each["metadata"]["name"].split("-")[-2:] for each in wanted.objects] == [["w0", "1"]]
+        assert [each["metadata"]["name"].split("-")[-2:] for each in wanted.objects] == [
+            ["w0", "1"]
+        ]
         assert stays in job.workers
         assert (job.status.restarts, job.status.restarts_count_towards_max) == (1, 1)
         assert job.phase is Phase.RESTARTING
