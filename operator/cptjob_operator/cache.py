@@ -1,0 +1,303 @@
+"""What the operator knows of the cluster, kept small: jobs as bytes, pods and nodes as values.
+
+Watch events, answers to our own writes and lists all come in here, in any order: of each object the
+newest version wins. What a list no longer holds has gone, unless it is newer than the list.
+"""
+
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from cptjob_operator import parse
+from cptjob_operator.identity import JobKey, PodId
+from cptjob_operator.observed import Child, Node, Pod
+
+#: Uids of pods that are gone, remembered so that a late answer does not bring one back.
+_GRAVES = 10_000
+#: Names of a job's pods that went without an end; more are not worth their memory.
+_VANISHED = 2_000
+
+
+@dataclass(slots=True)
+class Job:
+    """A job as it was last seen. `raw` is its JSON; it is parsed when a pass looks at it."""
+
+    key: JobKey
+    uid: str
+    version: int
+    raw: bytes
+    phase: str
+    excluded: int
+
+
+@dataclass(slots=True)
+class _Pods:
+    """The pods of one job, by their own uid."""
+
+    live: dict[str, Pod] = field(default_factory=dict)
+    #: Ended and deleted before any pass saw the end.
+    ghosts: dict[str, Pod] = field(default_factory=dict)
+    vanished: dict[PodId, None] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Frozen:
+    """What a job's ConfigMap holds, as text."""
+
+    config: str
+    profile: str
+
+
+class Cache:
+    """The state of everything that is watched. `changed` is told each job that may need a pass."""
+
+    def __init__(self, changed: Callable[[JobKey], None] = lambda key: None) -> None:
+        self.changed = changed
+        self.jobs: dict[JobKey, Job] = {}
+        self.nodes: dict[str, Node] = {}
+        self._node_versions: dict[str, int] = {}
+        self._keys: dict[str, JobKey] = {}  # uid of a job -> where it is
+        self._pods: dict[str, _Pods] = {}  # uid of a job -> its pods
+        self._children: dict[str, dict[str, Child]] = {}  # uid of a job -> by kind
+        self._child_versions: dict[str, int] = {}
+        self._frozen: dict[str, Frozen] = {}
+        self._graves: OrderedDict[str, None] = OrderedDict()
+        self._asked: OrderedDict[str, None] = OrderedDict()
+        self._job_graves: OrderedDict[str, None] = OrderedDict()
+
+    # --- jobs ---
+
+    def put_job(self, body: Mapping[str, Any], own: bool = False) -> bool:
+        """True when this is news. `own`: it answers our own write, so no pass needs to know."""
+        about = body["metadata"]
+        uid, version = about["uid"], parse.version(body)
+        if uid in self._job_graves:
+            return False
+        key = JobKey(about["namespace"], about["name"])
+        known = self.jobs.get(key)
+        if known is not None and version <= known.version:
+            return False
+        if known is not None and known.uid != uid:
+            self._forget(known)
+        status = body.get("status")
+        status = status if isinstance(status, dict) else {}
+        excluded = status.get("excludedNodes")
+        self.jobs[key] = Job(
+            key,
+            uid,
+            version,
+            parse.slim_job(body),
+            str(status.get("phase") or ""),
+            len(excluded) if isinstance(excluded, list) else 0,
+        )
+        self._keys[uid] = key
+        if not own:
+            self.changed(key)
+        return True
+
+    def drop_job(self, key: JobKey, uid: str) -> None:
+        """The job of that uid is gone, and with it everything that it owns."""
+        _bury(self._job_graves, uid)
+        known = self.jobs.get(key)
+        if known is not None and known.uid == uid:
+            del self.jobs[key]
+            self._forget(known)
+            self.changed(key)
+
+    def _forget(self, job: Job) -> None:
+        self._keys.pop(job.uid, None)
+        self._pods.pop(job.uid, None)
+        for child in self._children.pop(job.uid, {}).values():
+            self._child_versions.pop(child.uid, None)
+        self._frozen.pop(job.uid, None)
+
+    def replace_jobs(self, seen: Mapping[JobKey, str], version: int) -> None:
+        """`seen` (key -> uid) is everything that there was at `version`; all others are gone."""
+        for key, job in list(self.jobs.items()):
+            if seen.get(key) != job.uid and job.version <= version:
+                self.drop_job(key, job.uid)
+
+    # --- pods ---
+
+    def put_pod(self, body: Mapping[str, Any], own: bool = False) -> bool:
+        """True when this is news. `own`: it answers our own write, so no pass needs to know."""
+        pod = parse.pod(body)
+        if pod is None or pod.uid in self._graves:
+            return False
+        pods = self._pods.setdefault(pod.id.uid, _Pods())
+        known = pods.live.get(pod.uid)
+        if known is not None and pod.version <= known.version:
+            return False
+        pods.live[pod.uid] = pod
+        if known is not None and replace(known, version=pod.version) == pod:
+            return False  # only what nobody here looks at
+        if not own:
+            self._tell(pod)
+        return True
+
+    def drop_pod(self, body: Mapping[str, Any]) -> None:
+        """The pod is gone; `body` is the last that was seen of it."""
+        pod = parse.pod(body)
+        if pod is not None:
+            self._bury_pod(pod)
+
+    def lost_pod(self, job_uid: str, pod_uid: str) -> None:
+        """The API server says that there is no such pod."""
+        pods = self._pods.get(job_uid)
+        if pods is not None:
+            pods.ghosts.pop(pod_uid, None)
+            if pod_uid in pods.live:
+                self._bury_pod(pods.live[pod_uid])
+
+    def asked_to_go(self, pod_uid: str) -> None:
+        """We delete this pod ourselves: that it goes is no news, and no failure."""
+        _bury(self._asked, pod_uid)
+
+    def _bury_pod(self, pod: Pod) -> None:
+        _bury(self._graves, pod.uid)
+        pods = self._pods.get(pod.id.uid)
+        if pods is None:
+            return
+        known = pods.live.pop(pod.uid, None)
+        if known is None:
+            return
+        if pod.uid not in self._asked:
+            if pod.finished:
+                pods.ghosts[pod.uid] = pod
+            else:
+                pods.vanished[pod.id] = None
+                while len(pods.vanished) > _VANISHED:
+                    del pods.vanished[next(iter(pods.vanished))]
+        self._asked.pop(pod.uid, None)
+        if not pods.live and pod.id.uid not in self._keys:
+            del self._pods[pod.id.uid]  # the garbage collector took the last pod of a deleted job
+        self._tell(pod)
+
+    def replace_pods(self, seen: Iterable[str], version: int) -> None:
+        """`seen` are the uids of all pods that there were at `version`; all others are gone."""
+        uids = set(seen)
+        for pods in list(self._pods.values()):
+            for pod in list(pods.live.values()):
+                if pod.uid not in uids and pod.version <= version:
+                    self._bury_pod(pod)
+
+    def _tell(self, pod: Pod) -> None:
+        key = self._keys.get(pod.id.uid)
+        if key is not None:
+            self.changed(key)
+
+    def pods_of(self, job_uid: str) -> tuple[tuple[Pod, ...], frozenset[PodId]]:
+        """The job's pods, and the identities of those that went without an end."""
+        pods = self._pods.get(job_uid)
+        if pods is None:
+            return (), frozenset()
+        return (*pods.live.values(), *pods.ghosts.values()), frozenset(pods.vanished)
+
+    def seen(self, job_uid: str, pods: Iterable[Pod]) -> None:
+        """A pass has done what follows from `pods`: the ghosts among them may rest."""
+        known = self._pods.get(job_uid)
+        if known is not None and known.ghosts:
+            for pod in pods:
+                known.ghosts.pop(pod.uid, None)
+
+    def all_pods(self) -> Iterable[Pod]:
+        for pods in self._pods.values():
+            yield from pods.live.values()
+
+    def key_of(self, job_uid: str) -> JobKey | None:
+        return self._keys.get(job_uid)
+
+    # --- nodes ---
+
+    def put_node(self, body: Mapping[str, Any]) -> bool:
+        """True when something that placement looks at has changed."""
+        node, version = parse.node(body), parse.version(body)
+        if version <= self._node_versions.get(node.name, -1):
+            return False
+        self._node_versions[node.name] = version
+        news = self.nodes.get(node.name) != node
+        if news:
+            self.nodes[node.name] = node
+            self._tell_of_node(node.name)
+        return news
+
+    def drop_node(self, name: str) -> None:
+        self._node_versions.pop(name, None)
+        if self.nodes.pop(name, None) is not None:
+            self._tell_of_node(name)
+
+    def replace_nodes(self, seen: Iterable[str], version: int) -> None:
+        names = set(seen)
+        for name, known in list(self._node_versions.items()):
+            if name not in names and known <= version:
+                self.drop_node(name)
+
+    def _tell_of_node(self, name: str) -> None:
+        """Jobs with a pod there, and jobs that wait for anything, look again."""
+        for pods in self._pods.values():
+            for pod in pods.live.values():
+                if pod.node == name or (pod.node is None and pod.active):
+                    self._tell(pod)
+                    break
+        for job in self.jobs.values():
+            if job.phase in ("Pending", "Starting", "Restarting"):
+                self.changed(job.key)
+
+    # --- children ---
+
+    def put_child(self, kind: str, body: Mapping[str, Any]) -> None:
+        """A ConfigMap, Service or NetworkPolicy of ours, from a list or an answer."""
+        child, version = parse.child(kind, body), parse.version(body)
+        job_uid = parse.job_uid(body)
+        if job_uid is None or child.name != parse.child_name(body):
+            return
+        if version < self._child_versions.get(child.uid, 0):
+            return
+        self._child_versions[child.uid] = version
+        self._children.setdefault(job_uid, {})[kind] = child
+        data = body.get("data")
+        if kind == "ConfigMap" and isinstance(data, dict) and child.owner_uid == job_uid:
+            self._frozen[job_uid] = Frozen(
+                str(data.get("config.json") or ""), str(data.get("profile.json") or "")
+            )
+
+    def drop_child(self, job_uid: str, kind: str) -> None:
+        """The API server says that there is no such child."""
+        child = self._children.get(job_uid, {}).pop(kind, None)
+        if child is not None:
+            self._child_versions.pop(child.uid, None)
+        if kind == "ConfigMap":
+            self._frozen.pop(job_uid, None)
+
+    def replace_children(self, kind: str, seen: Iterable[str], version: int) -> None:
+        """`seen` are the uids of all children of that kind that there were at `version`."""
+        uids = set(seen)
+        for job_uid, children in list(self._children.items()):
+            child = children.get(kind)
+            if child is None or child.uid in uids:
+                continue
+            if self._child_versions.get(child.uid, 0) <= version:
+                self.drop_child(job_uid, kind)
+                key = self._keys.get(job_uid)
+                if key is not None:
+                    self.changed(key)
+
+    def children_of(self, job_uid: str) -> tuple[Child, ...]:
+        return tuple(self._children.get(job_uid, {}).values())
+
+    def frozen_of(self, job_uid: str) -> Frozen | None:
+        return self._frozen.get(job_uid)
+
+
+def document(job: Job) -> dict[str, Any]:
+    """The job as a document."""
+    value: dict[str, Any] = json.loads(job.raw)
+    return value
+
+
+def _bury(graves: OrderedDict[str, None], uid: str) -> None:
+    graves[uid] = None
+    if len(graves) > _GRAVES:
+        graves.popitem(last=False)

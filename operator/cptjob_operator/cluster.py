@@ -1,0 +1,417 @@
+"""The cluster as a pass sees it and changes it: observe, report, apply."""
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from cptjob_api.job import CPTJob
+from cptjob_api.status import CPTJobStatus
+from cptjob_operator import cache, kinds, merge, parse
+from cptjob_operator.api import Api, Document
+from cptjob_operator.api_errors import (
+    AlreadyExists,
+    ApiError,
+    Conflict,
+    Forbidden,
+    Invalid,
+    NotFound,
+)
+from cptjob_operator.events import Recorder
+from cptjob_operator.identity import JobKey
+from cptjob_operator.observed import Claim, Observed
+from cptjob_operator.profile import Profile
+from cptjob_operator.progress import Reports
+from cptjob_operator.wanted import Deletion, Event, Wanted
+from cptjob_trainer.config import AcceptedConfig
+
+log = logging.getLogger(__name__)
+
+#: Requests of one job that are under way at once.
+_AT_ONCE = 24
+#: A refused pod is not asked for again before this; then one is, and the others only after it.
+REFUSED_SECONDS = 14.0
+#: How long what is read beside the watches (claims, other pods' GPUs) is taken for true.
+_FRESH_SECONDS = 15.0
+#: Jobs that are kept parsed: several passes of a job often see the same version of it.
+_PARSED = 128
+
+T = TypeVar("T")
+
+
+class Unreadable(Exception):
+    """A job that the API server holds and this version cannot read. Holds it as a document."""
+
+    def __init__(self, job: Document, cause: ValidationError) -> None:
+        super().__init__(f"{cause.error_count()} faults")
+        self.job, self.cause = job, cause
+
+
+class Stale(Exception):
+    """The job is newer than what the pass looked at; it has been read again."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    message: str
+    until: float
+
+
+class Cluster:
+    """What a pass asks of the cluster.
+
+    status_seconds: how long a status waits in which only counts changed. clock: monotonic seconds.
+    reported: is told each status that was written, with the one before.
+    """
+
+    def __init__(
+        self,
+        api: Api,
+        known: cache.Cache,
+        reports: Reports,
+        recorder: Recorder,
+        *,
+        status_seconds: float = 1.0,
+        reported: Callable[[CPTJobStatus | None, CPTJobStatus], None] = lambda was, now: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._api, self._known, self._reports, self._recorder = api, known, reports, recorder
+        self._status_seconds, self._reported, self._clock = status_seconds, reported, clock
+        self._parsed: OrderedDict[tuple[str, int], CPTJob] = OrderedDict()
+        self._held: dict[str, float] = {}  # uid of a job -> since when its counts wait
+        self._refused: dict[str, dict[str, _Refusal]] = {}
+        self._read: OrderedDict[tuple[str, str, str], tuple[float, Any]] = OrderedDict()
+        self._may_list_pods = True
+
+    # --- observe ---
+
+    async def observe(self, key: JobKey) -> tuple[CPTJob, Observed] | None:
+        """The job and what there is of it; None when there is no such job. Raises Unreadable."""
+        entry = self._known.jobs.get(key)
+        if entry is None:
+            return None
+        job = self._parse(entry)
+        frozen = self._known.frozen_of(entry.uid)
+        profile = Profile.from_json(frozen.profile) if frozen else None
+        config = AcceptedConfig.from_json(frozen.config) if frozen else None
+        claims = await self._claims(job, profile)
+        used = await self._used_gpus(job)
+        # From here on nothing waits, so that all parts are of one moment.
+        pods, vanished = self._known.pods_of(entry.uid)
+        return job, Observed(
+            pods=pods,
+            vanished=vanished,
+            children=self._known.children_of(entry.uid),
+            profile=profile,
+            config=config,
+            used_gpus=used,
+            nodes=MappingProxyType(self._known.nodes),
+            claims=claims,
+            report=self._reports.get(entry.uid),
+            refused={kind: each.message for kind, each in self._refused.get(entry.uid, {}).items()},
+        )
+
+    def _parse(self, entry: cache.Job) -> CPTJob:
+        place = entry.uid, entry.version
+        job = self._parsed.get(place)
+        if job is None:
+            try:
+                job = CPTJob.from_json(entry.raw)
+            except ValidationError as error:
+                raise Unreadable(cache.document(entry), error) from error
+            self._parsed[place] = job
+            if len(self._parsed) > _PARSED:
+                self._parsed.popitem(last=False)
+        return job
+
+    async def _claims(self, job: CPTJob, profile: Profile | None) -> Mapping[str, Claim] | None:
+        """The job's claims, where pods on several nodes are about to need them."""
+        phase = job.status.phase if job.status else None
+        if profile is None or job.spec.trainer.num_nodes < 2 or phase in ("Running", "Complete"):
+            return None
+        namespace = job.metadata.namespace or ""
+        found: dict[str, Claim] = {}
+        for mount in profile.mounts:
+            claim = await self._fresh(
+                ("claim", namespace, mount.claim),
+                partial(self._claim, namespace, mount.claim),
+            )
+            if claim is not None:
+                found[mount.claim] = claim
+        return found
+
+    async def _claim(self, namespace: str, name: str) -> Claim | None:
+        try:
+            return parse.claim(await self._api.get(kinds.CLAIM, namespace, name))
+        except NotFound:
+            return None
+
+    async def _used_gpus(self, job: CPTJob) -> Mapping[str, int] | None:
+        """GPUs that pods of others hold on the nodes that the job names."""
+        phase = job.status.phase if job.status else None
+        if job.spec.scheduling.mode != "Manual" or phase in ("Running", "Complete", "Failed"):
+            return None
+        found: dict[str, int] = {}
+        for name in job.spec.scheduling.node_names:
+            if not self._may_list_pods:
+                return None
+            try:
+                found[name] = await self._fresh(("gpus", "", name), partial(self._gpus_on, name))
+            except Forbidden:
+                self._may_list_pods = False  # in namespaced mode; it takes a new role to change
+        return found if self._may_list_pods else None
+
+    async def _gpus_on(self, node: str) -> int:
+        used = 0
+        async for page in self._api.pages(kinds.POD, fields=f"spec.nodeName={node}"):
+            used += sum(parse.gpus_of_any(each) for each in page.items if parse.pod(each) is None)
+        return used
+
+    async def _fresh(self, what: tuple[str, str, str], read: Callable[[], Awaitable[T]]) -> T:
+        """The answer of `read`, or the one that it gave a moment ago."""
+        known = self._read.get(what)
+        if known is not None and self._clock() - known[0] < _FRESH_SECONDS:
+            value: T = known[1]
+            return value
+        value = await read()
+        self._read[what] = self._clock(), value
+        self._read.move_to_end(what)
+        if len(self._read) > 4096:
+            self._read.popitem(last=False)
+        return value
+
+    # --- report ---
+
+    async def report(self, job: CPTJob, wanted: Wanted) -> float | None:
+        """Writes the status if it reads otherwise. Returns the seconds that it may wait, if it may.
+
+        Raises Stale when the job has changed since it was observed.
+        """
+        uid = job.metadata.uid or ""
+        if wanted.status is None:
+            self._held.pop(uid, None)
+            return None
+        before = (
+            job.status.model_dump(mode="json", exclude_none=True, exclude_unset=True)
+            if job.status
+            else {}
+        )
+        patch = merge.patch(before, wanted.status.model_dump(mode="json", exclude_none=True))
+        if not patch:
+            self._held.pop(uid, None)
+            return None
+        if not wanted.urgent:
+            since = self._held.setdefault(uid, self._clock())
+            left = since + self._status_seconds - self._clock()
+            if left > 0.0:
+                return left
+        self._held.pop(uid, None)
+        await self.patch_status(_key(job), uid, job.metadata.resource_version or "", patch)
+        self._reported(job.status, wanted.status)
+        return None
+
+    async def patch_status(
+        self, key: JobKey, uid: str, version: str, patch: Mapping[str, Any]
+    ) -> None:
+        """Merges `patch` into the status of that version of the job. Raises Stale."""
+        try:
+            answer = await self._api.patch_status(
+                kinds.JOB, key.namespace, key.name, patch, version, uid
+            )
+        except Conflict as error:
+            await self._read_again(key)
+            raise Stale(f"{key} has changed") from error
+        except NotFound as error:
+            self._known.drop_job(key, uid)
+            raise Stale(f"{key} is gone") from error
+        self._known.put_job(answer, own=True)
+
+    async def _read_again(self, key: JobKey) -> None:
+        try:
+            self._known.put_job(await self._api.get(kinds.JOB, key.namespace, key.name))
+        except NotFound:
+            entry = self._known.jobs.get(key)
+            if entry is not None:
+                self._known.drop_job(key, entry.uid)
+
+    # --- apply ---
+
+    async def apply(self, job: CPTJob, wanted: Wanted) -> bool:
+        """Deletes and makes what is wanted. True when anything was asked of the API server.
+
+        What the API server refuses is kept for the next pass. Raises the first other error, after
+        everything else was tried.
+        """
+        objects = [each for each in wanted.objects if each["kind"] != "Pod"]
+        pods = [each for each in wanted.objects if each["kind"] == "Pod"]
+        await _each(wanted.deletions, lambda each: self._delete(job, each))
+        await _each(objects, lambda each: self._make_child(job, each))
+        made = await self._make_pods(job, pods)
+        for event in wanted.events:
+            self.tell_of(_key(job), job.metadata.uid or "", event)
+        return bool(wanted.deletions or objects or made)
+
+    def tell_of(self, key: JobKey, uid: str, event: Event) -> None:
+        """An Event on the job. It is sent in the background: none is worth a wait."""
+        self._recorder.tell(key, uid, event)
+
+    def seen(self, job: CPTJob, observed: Observed) -> None:
+        """Everything that follows from `observed` is done."""
+        self._known.seen(job.metadata.uid or "", observed.pods)
+
+    def version(self, key: JobKey) -> str | None:
+        """resourceVersion of the job, as far as it is known."""
+        entry = self._known.jobs.get(key)
+        return str(entry.version) if entry else None
+
+    def forget(self, uid: str) -> None:
+        """The job is gone."""
+        self._held.pop(uid, None)
+        self._refused.pop(uid, None)
+        self._reports.forget(uid)
+        self._recorder.forget(uid)
+
+    async def _delete(self, job: CPTJob, what: Deletion) -> None:
+        kind, namespace = kinds.kind(what.kind), job.metadata.namespace or ""
+        uid = job.metadata.uid or ""
+        log.info("deleting %s %s: %s", what.kind, what.name, what.why)
+        if kind is kinds.POD:
+            self._known.asked_to_go(what.uid)
+        try:
+            answer = await self._api.delete(
+                kind, namespace, what.name, what.uid, what.grace_seconds
+            )
+        except (NotFound, Conflict):
+            self._was_gone(uid, kind, what, _key(job))
+            return
+        if kind is kinds.POD and answer.get("kind") == "Pod":
+            self._known.put_pod(answer, own=True)
+        elif kind in kinds.CHILDREN:
+            self._known.drop_child(uid, kind.name)
+
+    def _was_gone(self, job_uid: str, kind: kinds.Kind, what: Deletion, key: JobKey) -> None:
+        """No such object, or another of that name."""
+        if kind is kinds.POD:
+            self._known.lost_pod(job_uid, what.uid)
+        elif kind is kinds.JOB:
+            self._known.drop_job(key, what.uid)
+        else:
+            self._known.drop_child(job_uid, kind.name)
+
+    async def _make_child(self, job: CPTJob, manifest: Document) -> None:
+        kind, namespace = kinds.kind_of(manifest), job.metadata.namespace or ""
+        uid, name = job.metadata.uid or "", manifest["metadata"]["name"]
+        there = {each.kind: each for each in self._known.children_of(uid)}
+        try:
+            if kind.name in there and there[kind.name].owner_uid == uid:
+                answer = await self._api.apply(kind, namespace, manifest)
+            else:
+                answer = await self._api.post(kind, namespace, manifest)
+        except AlreadyExists:
+            answer = await self._api.get(kind, namespace, name)
+            if parse.owner_uid(answer) != uid:
+                self._refuse(job, kind, _foreign(kind, name))
+                return
+        except (Forbidden, Invalid) as error:
+            if not _terminating(error):
+                self._refuse(job, kind, str(error))
+            return
+        except NotFound:
+            return  # the namespace is gone, and the job with it
+        self._known.put_child(kind.name, answer)
+        self._permit(uid, kind)
+
+    async def _make_pods(self, job: CPTJob, manifests: list[Document]) -> bool:
+        """True when any was asked for. After a refusal one is tried, and the others after it."""
+        uid = job.metadata.uid or ""
+        refusal = self._refused.get(uid, {}).get(kinds.POD.name)
+        if refusal is not None and manifests:
+            if self._clock() < refusal.until or not await self._make_pod(job, manifests[0]):
+                return False
+            manifests = manifests[1:]
+        await _each(manifests, lambda each: self._make_pod(job, each))
+        return bool(manifests)
+
+    async def _make_pod(self, job: CPTJob, manifest: Document) -> bool:
+        """False when the API server refuses it, and so would refuse others."""
+        namespace, name = job.metadata.namespace or "", manifest["metadata"]["name"]
+        uid = job.metadata.uid or ""
+        try:
+            answer = await self._api.post(kinds.POD, namespace, manifest)
+        except AlreadyExists:
+            answer = await self._api.get(kinds.POD, namespace, name)
+            if parse.owner_uid(answer) != uid:
+                self._refuse(job, kinds.POD, _foreign(kinds.POD, name))
+                return False
+        except (Forbidden, Invalid) as error:
+            if not _terminating(error):
+                self._refuse(job, kinds.POD, str(error))
+            return False
+        except NotFound:
+            return False
+        self._known.put_pod(answer, own=True)
+        self._permit(uid, kinds.POD)
+        return True
+
+    def _refuse(self, job: CPTJob, kind: kinds.Kind, message: str) -> None:
+        uid = job.metadata.uid or ""
+        refusal = _Refusal(message, self._clock() + REFUSED_SECONDS)
+        self._refused.setdefault(uid, {})[kind.name] = refusal
+        log.warning("%s refused: %s", kind.name, message)
+
+    def _permit(self, uid: str, kind: kinds.Kind) -> None:
+        refused = self._refused.get(uid)
+        if refused is not None:
+            refused.pop(kind.name, None)
+            if not refused:
+                del self._refused[uid]
+
+
+def _key(job: CPTJob) -> JobKey:
+    return JobKey(job.metadata.namespace or "", job.metadata.name)
+
+
+def _foreign(kind: kinds.Kind, name: str) -> str:
+    return (
+        f"there is a {kind.name} {name} that does not belong to this job; delete or rename it, "
+        "or give the job another name"
+    )
+
+
+def _terminating(error: ApiError) -> bool:
+    return isinstance(error, Forbidden) and error.terminating
+
+
+async def _each(items: Iterable[T], do: Callable[[T], Awaitable[object]]) -> None:
+    """Does it for all, some at once, in their order; stops when one returns False.
+
+    Raises the first ApiError after all others were tried.
+    """
+    known = list(items)
+    waiting = iter(known)
+    errors: list[ApiError] = []
+    stopped = False
+
+    async def work() -> None:
+        nonlocal stopped
+        for each in waiting:
+            try:
+                stopped = await do(each) is False or stopped
+            except ApiError as error:
+                errors.append(error)
+            if stopped:
+                return
+
+    if len(known) == 1:
+        await work()
+    elif known:
+        await asyncio.gather(*(work() for _ in range(min(_AT_ONCE, len(known)))))
+    if errors:
+        raise errors[0]

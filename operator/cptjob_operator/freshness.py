@@ -1,0 +1,65 @@
+"""When each watch was last heard of: the operator's liveness rests on it.
+
+kopf ends and begins each watch every few minutes, and at once when it is silent for too long. So a
+watch of which nothing was heard for longer than that is dead, and with it what the operator knows.
+"""
+
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import aiohttp
+
+from cptjob_operator.kinds import Kind
+
+
+class Freshness:
+    """Of the watches of `kinds`. relisted: is told when kopf lists anew what it had watched."""
+
+    def __init__(
+        self,
+        kinds: tuple[Kind, ...],
+        relisted: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._relisted, self._clock = relisted, clock
+        self._heard = {kind.plural: clock() for kind in kinds}
+        self._watched: set[str] = set()
+
+    def heard(self, kind: Kind) -> None:
+        """An event of that kind came."""
+        self._heard[kind.plural] = self._clock()
+
+    def age(self) -> float:
+        """Seconds since the stalest watch was heard of."""
+        return self._clock() - min(self._heard.values())
+
+    @property
+    def begun(self) -> bool:
+        """Every kind is being watched."""
+        return self._watched >= self._heard.keys()
+
+    def trace(self) -> aiohttp.TraceConfig:
+        """Hears of the requests of the session that it is given to."""
+        trace = aiohttp.TraceConfig()
+        trace.on_request_end.append(self._ended)
+        return trace
+
+    async def _ended(
+        self,
+        session: aiohttp.ClientSession,
+        context: SimpleNamespace,
+        params: aiohttp.TraceRequestEndParams,
+    ) -> None:
+        """An answer has begun: for a watch that is its start, for a list all of it is near."""
+        plural = params.url.path.rsplit("/", 1)[-1]
+        if params.method.upper() != "GET" or plural not in self._heard:
+            return
+        if params.response.status != 200:
+            return
+        self._heard[plural] = self._clock()
+        if params.url.query.get("watch") == "true":
+            self._watched.add(plural)
+        elif plural in self._watched and "continue" not in params.url.query:
+            # Objects that went in the gap are in no event: kopf does not tell of them.
+            self._relisted()

@@ -1,0 +1,106 @@
+"""Figures about the operator and its jobs, for Prometheus."""
+
+from collections import Counter as Tally
+from collections.abc import Callable, Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from cptjob_api.conditions import Phase
+from cptjob_api.status import CPTJobStatus
+from cptjob_operator.cache import Cache
+from cptjob_operator.queue import Queue
+
+_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 20.0)
+
+
+class Metrics:
+    """Counters that the operator's parts move, each in a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.passes = Histogram(
+            "cptjob_reconcile_duration_seconds",
+            "Time of one pass over a job, by what came of it.",
+            ["outcome"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.calls = Counter(
+            "cptjob_api_calls",
+            "Requests to the API server, by verb, kind and status code.",
+            ["verb", "kind", "code"],
+            registry=self.registry,
+        )
+        self.call_seconds = Histogram(
+            "cptjob_api_call_duration_seconds",
+            "Time until the API server answered, by verb.",
+            ["verb"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.restarts = Counter(
+            "cptjob_restarts",
+            "Restarts of jobs, by cause.",
+            ["cause"],
+            registry=self.registry,
+        )
+        self.gpu_seconds = Counter(
+            "cptjob_gpu_seconds", "GPU time that jobs held.", registry=self.registry
+        )
+        self.lost_gpu_seconds = Counter(
+            "cptjob_lost_gpu_seconds",
+            "GPU time that trained what was lost, or did not train.",
+            registry=self.registry,
+        )
+        self.pulls = Counter(
+            "cptjob_progress_pulls",
+            "Reads of coordinators' progress, by what came of it.",
+            ["outcome"],
+            registry=self.registry,
+        )
+
+    def called(self, verb: str, kind: str, code: str, seconds: float) -> None:
+        """One request to the API server."""
+        self.calls.labels(verb, kind, code).inc()
+        self.call_seconds.labels(verb).observe(seconds)
+
+    def reported(self, before: CPTJobStatus | None, after: CPTJobStatus) -> None:
+        """A status that was written: the GPU time since the one before."""
+        was = before or CPTJobStatus()
+        self.gpu_seconds.inc(max(0, after.gpu_seconds - was.gpu_seconds))
+        self.lost_gpu_seconds.inc(max(0, after.lost_gpu_seconds - was.lost_gpu_seconds))
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+class State(Collector):
+    """What is so at the moment that Prometheus asks."""
+
+    def __init__(
+        self, cache: Cache, queue: Queue, leads: Callable[[], bool], watch_age: Callable[[], float]
+    ) -> None:
+        self._cache, self._queue, self._leads, self._watch_age = cache, queue, leads, watch_age
+
+    def collect(self) -> Iterable[Metric]:
+        phases = Tally(job.phase for job in self._cache.jobs.values())
+        jobs = GaugeMetricFamily("cptjob_jobs", "Jobs, by phase.", labels=["phase"])
+        for phase in Phase:
+            jobs.add_metric([phase], phases[phase])
+        jobs.add_metric([""], phases[""])
+        yield jobs
+        excluded = sum(job.excluded for job in self._cache.jobs.values())
+        yield _gauge("excluded_nodes", "Nodes that jobs avoid, counted by job.", excluded)
+        yield _gauge("queue_depth", "Jobs that are due for a pass.", self._queue.depth())
+        yield _gauge("queue_age_seconds", "Longest wait of a job for its pass.", self._queue.age())
+        yield _gauge("passes_active", "Passes under way.", self._queue.active)
+        yield _gauge("leader", "1 on the operator that acts.", float(self._leads()))
+        yield _gauge(
+            "watch_age_seconds", "Time since the stalest watch was heard of.", self._watch_age()
+        )
+
+
+def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
+    return GaugeMetricFamily(f"cptjob_{name}", text, value=value)

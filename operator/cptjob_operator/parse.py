@@ -1,0 +1,240 @@
+"""Objects of the API server, as it sends them, made into the small values that decisions look at.
+
+Tolerant: a field that is missing, or is not what it should be, reads as if nothing had been said.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from typing import Any, cast, get_args
+
+from cptjob_api.job import GROUP
+from cptjob_operator.identity import JOB_NAME, JOB_UID, PodId, base
+from cptjob_operator.observed import (
+    Child,
+    Claim,
+    Disruption,
+    Ended,
+    Node,
+    Pod,
+    PodPhase,
+    Waiting,
+    parse_time,
+)
+from cptjob_trainer.termination import Termination
+
+#: Annotation of a child: what was asked for when it was written.
+HASH = f"{GROUP}/hash"
+_PHASES = frozenset(get_args(PodPhase))
+_FENCED = "node.kubernetes.io/out-of-service"
+_MESSAGE_CHARACTERS = 4096
+
+
+def pod(body: Mapping[str, Any]) -> Pod | None:
+    """A pod of ours; None when its labels do not say who it is."""
+    about, spec, status = _map(body, "metadata"), _map(body, "spec"), _map(body, "status")
+    identity = PodId.of({k: v for k, v in _map(about, "labels").items() if isinstance(v, str)})
+    if identity is None:
+        return None
+    phase = _text(status, "phase")
+    conditions = {_text(each, "type"): each for each in _maps(status, "conditions")}
+    main = next(_maps(spec, "containers"), {})
+    states = {_text(each, "name"): each for each in _maps(status, "containerStatuses")}
+    own = states.get(_text(main, "name"), {})
+    return Pod(
+        id=identity,
+        namespace=_name(about, "namespace"),
+        name=_text(about, "name"),
+        uid=_text(about, "uid"),
+        version=version(body),
+        phase=cast(PodPhase, phase) if phase in _PHASES else "Unknown",
+        created=_time(about, "creationTimestamp"),
+        ready=_text(conditions.get("Ready", {}), "status") == "True",
+        node=_name(spec, "nodeName") or None,
+        address=_text(status, "podIP") or None,
+        deleting=_time(about, "deletionTimestamp"),
+        gated=bool(spec.get("schedulingGates")),
+        unschedulable=_unschedulable(conditions.get("PodScheduled", {})),
+        waiting=_waiting(status),
+        ended=_ended(own),
+        disruption=_disruption(conditions.get("DisruptionTarget", {})),
+        reason=_name(status, "reason"),
+        message=_text(status, "message")[:_MESSAGE_CHARACTERS],
+        gpus=_gpus(main),
+        image_id=_name(own, "imageID") or None,
+        owner_uid=owner_uid(body),
+    )
+
+
+def node(body: Mapping[str, Any]) -> Node:
+    about, spec, status = _map(body, "metadata"), _map(body, "spec"), _map(body, "status")
+    conditions = {
+        _text(each, "type"): _text(each, "status") for each in _maps(status, "conditions")
+    }
+    labels = _map(about, "labels")
+    return Node(
+        name=_name(about, "name"),
+        labels={_intern(k): _intern(v) for k, v in labels.items() if isinstance(v, str)},
+        ready=conditions.get("Ready") == "True",
+        cordoned=spec.get("unschedulable") is True,
+        fenced=any(_text(taint, "key") == _FENCED for taint in _maps(spec, "taints")),
+        gpus=dict(_extended(_map(status, "allocatable"))),
+    )
+
+
+def child(kind: str, body: Mapping[str, Any]) -> Child:
+    about = _map(body, "metadata")
+    return Child(
+        kind=kind,
+        name=_text(about, "name"),
+        uid=_text(about, "uid"),
+        owner_uid=owner_uid(body),
+        hash=_text(_map(about, "annotations"), HASH),
+    )
+
+
+def claim(body: Mapping[str, Any]) -> Claim:
+    modes = _map(body, "spec").get("accessModes")
+    known = (
+        tuple(each for each in modes if isinstance(each, str)) if isinstance(modes, list) else ()
+    )
+    return Claim(name=_text(_map(body, "metadata"), "name"), access_modes=known)
+
+
+def version(body: Mapping[str, Any]) -> int:
+    """resourceVersion as the number that it is; 0 when there is none."""
+    try:
+        return int(_map(body, "metadata").get("resourceVersion") or 0)
+    except (TypeError, ValueError):
+        return 0
+
+
+def owner_uid(body: Mapping[str, Any]) -> str | None:
+    """Uid of the object that controls this one."""
+    for each in _maps(_map(body, "metadata"), "ownerReferences"):
+        if each.get("controller") is True:
+            return _name(each, "uid") or None
+    return None
+
+
+def job_uid(body: Mapping[str, Any]) -> str | None:
+    """Uid of the job that an object of ours is for, as its label says."""
+    return _text(_map(_map(body, "metadata"), "labels"), JOB_UID) or None
+
+
+def child_name(body: Mapping[str, Any]) -> str:
+    """The name that an object of ours, which is not a pod, must have by its labels."""
+    labels = _map(_map(body, "metadata"), "labels")
+    return base(_text(labels, JOB_NAME), _text(labels, JOB_UID))
+
+
+def gpus_of_any(body: Mapping[str, Any]) -> int:
+    """GPUs that a pod, not necessarily ours, holds on its node."""
+    if _text(_map(body, "status"), "phase") in ("Succeeded", "Failed"):
+        return 0
+    return sum(_gpus(each) for each in _maps(_map(body, "spec"), "containers"))
+
+
+# --- parts of a pod ---
+
+
+def _unschedulable(condition: Mapping[str, Any]) -> str | None:
+    if _text(condition, "status") == "False" and _text(condition, "reason") == "Unschedulable":
+        return _text(condition, "message")[:_MESSAGE_CHARACTERS]
+    return None
+
+
+def _waiting(status: Mapping[str, Any]) -> Waiting | None:
+    """Why the first container that waits does so, with a reason to tell."""
+    for group in ("initContainerStatuses", "containerStatuses"):
+        for each in _maps(status, group):
+            waits = _map(_map(each, "state"), "waiting")
+            if waits.get("reason"):
+                message = _text(waits, "message")[:_MESSAGE_CHARACTERS]
+                return Waiting(_name(waits, "reason"), message)
+    return None
+
+
+def _ended(container: Mapping[str, Any]) -> Ended | None:
+    """How the container ended for the last time; it is never started again."""
+    state = _map(_map(container, "state"), "terminated")
+    code = state.get("exitCode")
+    if not isinstance(code, int):
+        return None
+    message = _text(state, "message")[:_MESSAGE_CHARACTERS]
+    try:
+        termination = Termination.from_json(message)
+    except (ValueError, OverflowError, RecursionError):
+        termination = None
+    return Ended(code, _name(state, "reason"), message, _time(state, "finishedAt"), termination)
+
+
+def _disruption(condition: Mapping[str, Any]) -> Disruption | None:
+    if _text(condition, "status") != "True":
+        return None
+    return Disruption(_name(condition, "reason"), _text(condition, "message")[:_MESSAGE_CHARACTERS])
+
+
+def _gpus(container: Mapping[str, Any]) -> int:
+    """GPUs of a container: of its extended resources those that are named so."""
+    limits = _map(_map(container, "resources"), "limits")
+    return sum(count for name, count in _extended(limits) if "gpu" in name)
+
+
+def _extended(resources: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Resources that a device plugin offers, by name; whole numbers by Kubernetes' rule."""
+    for name, amount in resources.items():
+        if "/" in name and not name.startswith(("hugepages-", "kubernetes.io/")):
+            try:
+                yield _intern(name), int(amount)
+            except (TypeError, ValueError):
+                continue
+
+
+# --- fields that may be anything ---
+
+
+def _map(of: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = of.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _maps(of: Mapping[str, Any], key: str) -> Iterator[Mapping[str, Any]]:
+    value = of.get(key)
+    if isinstance(value, list):
+        yield from (each for each in value if isinstance(each, dict))
+
+
+def _text(of: Mapping[str, Any], key: str) -> str:
+    value = of.get(key)
+    return value if isinstance(value, str) else ""
+
+
+def _name(of: Mapping[str, Any], key: str) -> str:
+    """A text that many objects share, kept once."""
+    return _intern(_text(of, key))
+
+
+def _intern(text: str) -> str:
+    return sys.intern(text) if type(text) is str else text
+
+
+def _time(of: Mapping[str, Any], key: str) -> datetime | None:
+    try:
+        return parse_time(_text(of, key))
+    except ValueError:
+        return None
+
+
+def slim_job(body: Mapping[str, Any]) -> bytes:
+    """A job as JSON without what nobody here reads."""
+    about = {k: v for k, v in _map(body, "metadata").items() if k != "managedFields"}
+    annotations = about.get("annotations")
+    if isinstance(annotations, dict):
+        # kubectl's copy of the whole manifest.
+        kept = {
+            k: v for k, v in annotations.items() if not k.endswith("last-applied-configuration")
+        }
+        about["annotations"] = kept
+    return json.dumps({**body, "metadata": about}, separators=(",", ":")).encode()

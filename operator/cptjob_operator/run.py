@@ -1,0 +1,193 @@
+"""The operator's parts, put together."""
+
+import asyncio
+import logging
+import os
+import socket
+import uuid
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import kopf
+
+from cptjob_operator import handlers, kinds
+from cptjob_operator.api import Api, Bucket
+from cptjob_operator.api_errors import ApiError
+from cptjob_operator.cache import Cache
+from cptjob_operator.cluster import Cluster
+from cptjob_operator.events import Recorder
+from cptjob_operator.freshness import Freshness
+from cptjob_operator.identity import MANAGER
+from cptjob_operator.leader import Leader
+from cptjob_operator.listing import Lister
+from cptjob_operator.login import Login
+from cptjob_operator.metrics import Metrics, State
+from cptjob_operator.progress import Puller, Reports
+from cptjob_operator.queue import Queue
+from cptjob_operator.reconciler import Plan, Reconciler
+from cptjob_operator.serving import Probes, serve
+from cptjob_operator.settings import Settings
+
+log = logging.getLogger(__name__)
+
+_NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+_RETRY_SECONDS = 2.0
+_WATCHED = (kinds.JOB, kinds.POD, kinds.NODE)
+
+
+class Operator:
+    """Everything that runs in this process."""
+
+    def __init__(self, settings: Settings, plan: Plan, namespace: str = "") -> None:
+        """`namespace`: of the lease; the pod's own when it is not given."""
+        self.settings = settings
+        self.login = Login()
+        self.metrics = Metrics()
+        self.identity = f"{socket.gethostname()}_{uuid.uuid4().hex[:8]}"
+        self.queue = Queue()
+        self.cache = Cache(self.queue.add)
+        self._plain = Api(self.login, manager=MANAGER, watch=self.metrics.called, connections=2)
+        self.leader = Leader(
+            self._plain,
+            namespace or own_namespace(),
+            self.identity,
+            name=settings.leader.name,
+            lease_seconds=settings.leader.lease_seconds,
+            renew_seconds=settings.leader.renew_seconds,
+        )
+        writes = settings.timing.writes
+        self.api = Api(
+            self.login,
+            manager=MANAGER,
+            bucket=Bucket(writes.per_second, writes.burst),
+            may_write=self.leader.leads,
+            watch=self.metrics.called,
+        )
+        self.reports = Reports()
+        self.recorder = Recorder(self.api, self.identity)
+        self.cluster = Cluster(
+            self.api,
+            self.cache,
+            self.reports,
+            self.recorder,
+            status_seconds=settings.timing.status_seconds,
+            reported=self.metrics.reported,
+        )
+        self.reconciler = Reconciler(
+            self.cluster, plan, settings, self.metrics, gone=self.queue.forget
+        )
+        self.lister = Lister(
+            self.api, self.cache, settings.watched_namespaces, settings.timing.resync_seconds
+        )
+        self.freshness = Freshness(_WATCHED, self.lister.soon)
+        self.metrics.registry.register(
+            State(self.cache, self.queue, self.leader.leads, self.freshness.age)
+        )
+
+    async def run(self) -> None:
+        """Until the process is asked to end. Raises what no part can live without."""
+        probes = Probes(self._sick, self._unready)
+        serving = self.settings.serving
+        parts: list[Coroutine[Any, Any, None]] = [
+            serve(probes, self.metrics.text, serving.probe_port, serving.metrics_port),
+            self._work(),
+        ]
+        try:
+            await _until_one_ends(parts)
+        finally:
+            await self.api.close()
+            await self._plain.close()
+
+    async def _work(self) -> None:
+        await self._wait_for_kind()
+        await self.lister.sync()
+        await _until_one_ends(
+            [
+                self._watch(),
+                self.lister.run(),
+                self.leader.run(self._act),
+            ]
+        )
+
+    async def _watch(self) -> None:
+        namespaces = self.settings.watched_namespaces
+        await kopf.operator(
+            registry=handlers.registry(self.cache, self.login, self.freshness),
+            settings=handlers.settings(),
+            clusterwide=not namespaces,
+            namespaces=namespaces,
+        )
+
+    async def _act(self) -> None:
+        """What only the leader does."""
+        await self.lister.sync()  # nobody watches the children of jobs
+        for key in list(self.cache.jobs):
+            self.queue.add(key)
+        await _until_one_ends(
+            [
+                self.queue.run(self.reconciler.reconcile),
+                self.recorder.run(),
+                self._puller().run(),
+            ]
+        )
+
+    def _puller(self) -> Puller:
+        return Puller(
+            self.cache,
+            self.reports,
+            self.queue.add,
+            seconds=self.settings.timing.progress_seconds,
+            outcome=lambda word: self.metrics.pulls.labels(word).inc(),
+        )
+
+    async def _wait_for_kind(self) -> None:
+        """kopf looks once for the kinds that it is to watch, so they have to be there."""
+        told = False
+        while True:
+            try:
+                async for _ in self.api.pages(kinds.JOB, self._some_namespace(), fields=_NONE):
+                    return
+            except ApiError as error:
+                if not told:
+                    log.warning("waiting for the API of CPTJobs: %s", error)
+                told = True
+            await asyncio.sleep(_RETRY_SECONDS)
+
+    def _some_namespace(self) -> str | None:
+        return next(iter(self.settings.watched_namespaces), None)
+
+    def _sick(self) -> str:
+        age = self.freshness.age()
+        if self.freshness.begun and age > handlers.DEAD_AFTER_SECONDS:
+            return f"a watch was not heard of for {age:.0f} s"
+        return ""
+
+    def _unready(self) -> str:
+        if not self.lister.synced:
+            return "what there is was not listed yet"
+        return "" if self.freshness.begun else "not everything is watched yet"
+
+
+_NONE = "metadata.name=none"
+
+
+def own_namespace() -> str:
+    """The namespace that this pod is in."""
+    try:
+        return _NAMESPACE_FILE.read_text().strip()
+    except OSError:
+        return os.environ.get("POD_NAMESPACE") or "default"
+
+
+async def _until_one_ends(parts: list[Coroutine[Any, Any, None]]) -> None:
+    """Runs all; when one ends, or fails, the others are cancelled. Raises what it raised."""
+    tasks = [asyncio.ensure_future(part) for part in parts]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
