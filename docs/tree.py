@@ -1,14 +1,15 @@
 """Write the tree in README.md, or check that it is true: `python docs/tree.py [--check]`.
 
 A module's line is the first sentence of its docstring; a document's is its title. What has neither
-gets its line here. Shown are two levels, and below them the modules of the packages.
+gets its line here. The folders are shown at once, and every file of two levels, and of the packages
+below them, behind a fold.
 """
 
 import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,10 +45,12 @@ LINES = {
     "tests": "by subject",
     "tests/api": "types, manifests, generated files",
     "tests/checkpoints": "saving, resuming, death at every point",
+    "tests/cluster": "the operator on a real control plane",
     "tests/client": "the command line, as a person uses it",
     "tests/data": "documents, tokens, rows, mixing",
     "tests/end_to_end": "`cptjob run` with all of its processes, also killed at random",
     "tests/house": "locks, README, examples, dependencies",
+    "tests/operator": "what the operator decides, and what its settings allow",
     "tests/report": "the page: what it tells, what it keeps out, unfinished runs",
     "tests/run": "coordinator, launcher, stopping, restarts",
     "tests/trainer": "architectures, loss, schedule, the step",
@@ -61,11 +64,20 @@ CLOSED = {"requirements"}
 HIDDEN = {".gitignore"}
 
 
-def tree() -> str:
-    """The tree as text, one entry a line. Raises ValueError for an entry that has no line."""
-    width = COLUMN
-    rows = [f"{name:<{width}} {about}".rstrip() for name, about in entries()]
-    return "\n".join(rows) + "\n"
+def block() -> str:
+    """What stands between START and END. Raises ValueError for an entry that has no line."""
+    rows = list(entries())
+    folders = [row for row in rows if row[0].endswith("/")]
+    return (
+        f"```\n{lines(folders)}```\n\n"
+        f"<details><summary>Every file, with a line each</summary>\n\n```\n{lines(rows)}```\n\n"
+        "</details>\n"
+    )
+
+
+def lines(rows: Iterable[tuple[str, str]]) -> str:
+    """(indented name, what it is) as text, one entry a line."""
+    return "".join(f"{name:<{COLUMN}} {what}".rstrip() + "\n" for name, what in rows)
 
 
 def entries() -> Iterator[tuple[str, str]]:
@@ -123,7 +135,7 @@ def main() -> int:
     before, _, rest = text.partition(START)
     _, _, after = rest.partition(END)
     try:
-        wanted = f"{before}{START}```\n{tree()}```\n{END}{after}"
+        wanted = f"{before}{START}{block()}{END}{after}"
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from cptjob_trainer import errors
+
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
@@ -32,6 +34,16 @@ def test_each_make_command_named_in_a_page_is_in_the_makefile(page: Path) -> Non
     named = set(re.findall(r"(?:`|^    )make ([a-z]+)", page.read_text("utf-8"), re.MULTILINE))
     assert named
     assert named <= targets
+
+
+def test_the_guide_names_every_exit_code_that_an_error_has() -> None:
+    def codes(kind: type[errors.CPTJobError]) -> set[int]:
+        return {kind.exit_code}.union(*(codes(each) for each in kind.__subclasses__()))
+
+    table = (ROOT / "docs" / "guide.md").read_text("utf-8").partition("## 6. Exit codes")[2]
+    rows = re.findall(r"^\| ([\d, ]+) \|", table, re.MULTILINE)
+    named = {int(code) for row in rows for code in row.split(",")}
+    assert codes(errors.CPTJobError) <= named
 
 
 def test_decisions_are_numbered_without_gaps_and_titled_by_their_number() -> None:
