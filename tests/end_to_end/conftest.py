@@ -79,18 +79,25 @@ def processes_of(output: Path) -> Processes:
 
 @dataclass
 class Job:
-    """A manifest and its output folder, both named ``name``, in a directory with volumes."""
+    """A manifest and its output folder, both named ``name``, in a directory with volumes.
+
+    ``prefix`` is what the command runs under, ``before`` is called in its process; ``view`` is
+    the output as it is seen from here, where that is another path.
+    """
 
     place: Path
     name: str
     volumes: Path
+    prefix: tuple[str, ...] = ()
+    view: Path | None = None
+    before: Callable[[], None] | None = None
     started: list[subprocess.Popen[str]] = field(default_factory=list)
 
     @property
     def output(self) -> Path:
-        return self.place / self.name
+        return self.view or self.place / self.name
 
-    def write(self, **sections: dict[str, Any]) -> None:
+    def write(self, **sections: Any) -> None:
         """The example in few steps, with other values: `write(training={"learningRate": 0.1})`."""
         manifest = yaml.safe_load(EXAMPLE.read_text())
         manifest["metadata"]["name"] = "few-steps"
@@ -98,11 +105,12 @@ class Job:
         few = {"training": {"maxSteps": STEPS}, "checkpoint": {"everySteps": EVERY}}
         for changes in (few, sections):
             for section, values in changes.items():
-                spec[section] = {**spec.get(section, {}), **values}
+                joined = isinstance(values, dict)
+                spec[section] = {**spec.get(section, {}), **values} if joined else values
         (self.place / f"{self.name}.yaml").write_text(yaml.safe_dump(manifest))
 
     def start(self, processes: int = 2, **environment: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "cptjob", "run", f"{self.name}.yaml"]
+        command = [*self.prefix, sys.executable, "-m", "cptjob", "run", f"{self.name}.yaml"]
         command += ["--output", self.name, "--processes", str(processes)]
         for claim in ("models", "data"):
             command += ["--volume", f"{claim}={self.volumes / claim}"]
@@ -112,6 +120,7 @@ class Job:
             cwd=self.place,
             # With more threads than cores are free, they wait for each other for seconds.
             env={**kept, "OMP_NUM_THREADS": "1", **environment},
+            preexec_fn=self.before,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -187,7 +196,7 @@ def make_job(place: Path, volumes: Path) -> Iterator[Callable[..., Job]]:
     """
     made: list[Job] = []
 
-    def make(name: str, *, like: Job | None = None, **sections: dict[str, Any]) -> Job:
+    def make(name: str, *, like: Job | None = None, **sections: Any) -> Job:
         job = Job(place, name, volumes)
         if like is not None:
             shutil.copytree(like.output, job.output)

@@ -138,7 +138,10 @@ def _storage_error(error: OSError, directory: Path) -> CPTJobError:
             f"{directory}: no space left for the tokenised data; make room and run again, what is "
             "finished is kept"
         )
-    return OutputError(f"{directory}: the tokenised data cannot be written: {error.strerror}")
+    return OutputError(
+        f"{directory}: the tokenised data cannot be written: {error.strerror}; check the output's "
+        "path and permissions"
+    )
 
 
 def _validated(chunk: Chunk) -> Shard:
@@ -272,8 +275,11 @@ def process_all(
     Ends early, with None, once `stop` says so; what is finished then is found the next time.
     """
     if options.directory is not None:
-        options.directory.mkdir(parents=True, exist_ok=True)
-        unfinished.remove_leftovers(options.directory)
+        try:
+            options.directory.mkdir(parents=True, exist_ok=True)
+            unfinished.remove_leftovers(options.directory)
+        except OSError as error:
+            raise _storage_error(error, options.directory) from error
     processes = processes or len(os.sched_getaffinity(0))
     if processes == 1 or sum(chunk.size for chunk in chunks) < _ALONE:
         for chunk in chunks:
