@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cptjob_operator import parse
+from cptjob_operator.children import PROFILE_FILE
 from cptjob_operator.identity import JobKey, PodId
 from cptjob_operator.observed import Child, Node, Pod
 
@@ -42,14 +43,6 @@ class _Pods:
     vanished: dict[PodId, None] = field(default_factory=dict)
 
 
-@dataclass(slots=True)
-class Frozen:
-    """What a job's ConfigMap holds, as text."""
-
-    config: str
-    profile: str
-
-
 class Cache:
     """The state of everything that is watched. `changed` is told each job that may need a pass."""
 
@@ -62,7 +55,7 @@ class Cache:
         self._pods: dict[str, _Pods] = {}  # uid of a job -> its pods
         self._children: dict[str, dict[str, Child]] = {}  # uid of a job -> by kind
         self._child_versions: dict[str, int] = {}
-        self._frozen: dict[str, Frozen] = {}
+        self._profiles: dict[str, str] = {}  # uid of a job -> its frozen profile, as JSON
         self._graves: OrderedDict[str, None] = OrderedDict()
         self._asked: OrderedDict[str, None] = OrderedDict()
         self._job_graves: OrderedDict[str, None] = OrderedDict()
@@ -111,7 +104,7 @@ class Cache:
         self._pods.pop(job.uid, None)
         for child in self._children.pop(job.uid, {}).values():
             self._child_versions.pop(child.uid, None)
-        self._frozen.pop(job.uid, None)
+        self._profiles.pop(job.uid, None)
 
     def replace_jobs(self, seen: Mapping[JobKey, str], version: int) -> None:
         """`seen` (key -> uid) is everything that there was at `version`; all others are gone."""
@@ -259,9 +252,7 @@ class Cache:
         self._children.setdefault(job_uid, {})[kind] = child
         data = body.get("data")
         if kind == "ConfigMap" and isinstance(data, dict) and child.owner_uid == job_uid:
-            self._frozen[job_uid] = Frozen(
-                str(data.get("config.json") or ""), str(data.get("profile.json") or "")
-            )
+            self._profiles[job_uid] = str(data.get(PROFILE_FILE) or "")
 
     def drop_child(self, job_uid: str, kind: str) -> None:
         """The API server says that there is no such child."""
@@ -269,7 +260,7 @@ class Cache:
         if child is not None:
             self._child_versions.pop(child.uid, None)
         if kind == "ConfigMap":
-            self._frozen.pop(job_uid, None)
+            self._profiles.pop(job_uid, None)
 
     def replace_children(self, kind: str, seen: Iterable[str], version: int) -> None:
         """`seen` are the uids of all children of that kind that there were at `version`."""
@@ -287,8 +278,9 @@ class Cache:
     def children_of(self, job_uid: str) -> tuple[Child, ...]:
         return tuple(self._children.get(job_uid, {}).values())
 
-    def frozen_of(self, job_uid: str) -> Frozen | None:
-        return self._frozen.get(job_uid)
+    def profile_of(self, job_uid: str) -> str | None:
+        """What was frozen at acceptance, as JSON."""
+        return self._profiles.get(job_uid)
 
 
 def document(job: Job) -> dict[str, Any]:

@@ -30,7 +30,6 @@ from cptjob_operator.observed import Claim, Observed
 from cptjob_operator.profile import Profile
 from cptjob_operator.progress import Reports
 from cptjob_operator.wanted import Deletion, Event, Wanted
-from cptjob_trainer.config import AcceptedConfig
 
 log = logging.getLogger(__name__)
 
@@ -98,9 +97,8 @@ class Cluster:
         if entry is None:
             return None
         job = self._parse(entry)
-        frozen = self._known.frozen_of(entry.uid)
-        profile = Profile.from_json(frozen.profile) if frozen else None
-        config = AcceptedConfig.from_json(frozen.config) if frozen else None
+        text = self._known.profile_of(entry.uid)
+        profile = Profile.from_json(text) if text is not None else None
         claims = await self._claims(job, profile)
         used = await self._used_gpus(job)
         # From here on nothing waits, so that all parts are of one moment.
@@ -110,7 +108,6 @@ class Cluster:
             vanished=vanished,
             children=self._known.children_of(entry.uid),
             profile=profile,
-            config=config,
             used_gpus=used,
             nodes=MappingProxyType(self._known.nodes),
             claims=claims,

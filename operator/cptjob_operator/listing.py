@@ -6,7 +6,9 @@ watches: the children of jobs.
 
 import asyncio
 import logging
+import math
 import random
+import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
@@ -37,7 +39,12 @@ class Lister:
         self._namespaces: tuple[str | None, ...] = namespaces or (None,)
         self._soon = asyncio.Event()
         self._lock = asyncio.Lock()
-        self.synced = False
+        self._done = -math.inf
+
+    @property
+    def synced(self) -> bool:
+        """Everything was listed at least once."""
+        return self._done > -math.inf
 
     def soon(self) -> None:
         """Asks for new lists, after a gap in a watch."""
@@ -54,14 +61,17 @@ class Lister:
                 pass
             await self.sync()
 
-    async def sync(self) -> None:
-        """Returns when everything was listed once, however often that has to be tried."""
-        while True:
+    async def sync(self, unless_seconds: float = 0.0) -> None:
+        """Returns when everything was listed once, however often that has to be tried.
+
+        unless_seconds: not when that is how long ago it was done, or less.
+        """
+        while time.monotonic() - self._done >= unless_seconds:
             self._soon.clear()
             try:
                 async with self._lock:
                     await self._all()
-                self.synced = True
+                self._done = time.monotonic()
                 return
             except ApiError as error:
                 log.warning("listing: %s", error)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Any, cast, get_args
 
-from cptjob_api.job import GROUP
+from cptjob_operator.children import HASH
 from cptjob_operator.identity import JOB_NAME, JOB_UID, PodId, base
 from cptjob_operator.observed import (
     Child,
@@ -24,8 +24,6 @@ from cptjob_operator.observed import (
 )
 from cptjob_trainer.termination import Termination
 
-#: Annotation of a child: what was asked for when it was written.
-HASH = f"{GROUP}/hash"
 _PHASES = frozenset(get_args(PodPhase))
 _FENCED = "node.kubernetes.io/out-of-service"
 _MESSAGE_CHARACTERS = 4096

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 _RETRY_SECONDS = 2.0
+_JUST_NOW_SECONDS = 3.0
 _WATCHED = (kinds.JOB, kinds.POD, kinds.NODE)
 
 
@@ -44,7 +45,7 @@ class Operator:
         self.settings = settings
         self.login = Login()
         self.metrics = Metrics()
-        self.identity = f"{socket.gethostname()}_{uuid.uuid4().hex[:8]}"
+        self.identity = own_identity()
         self.queue = Queue()
         self.cache = Cache(self.queue.add)
         self._plain = Api(self.login, manager=MANAGER, watch=self.metrics.called, connections=2)
@@ -121,7 +122,8 @@ class Operator:
 
     async def _act(self) -> None:
         """What only the leader does."""
-        await self.lister.sync()  # nobody watches the children of jobs
+        # Nobody watches the children of jobs, and another operator may have made some.
+        await self.lister.sync(unless_seconds=_JUST_NOW_SECONDS)
         for key in list(self.cache.jobs):
             self.queue.add(key)
         await _until_one_ends(
@@ -170,6 +172,12 @@ class Operator:
 
 
 _NONE = "metadata.name=none"
+
+
+def own_identity() -> str:
+    """Who holds the lease. A container that is started anew in its pod is the same one."""
+    pod, uid = os.environ.get("POD_NAME"), os.environ.get("POD_UID")
+    return f"{pod}_{uid}" if pod and uid else f"{socket.gethostname()}_{uuid.uuid4().hex[:8]}"
 
 
 def own_namespace() -> str:
