@@ -7,9 +7,10 @@ from cptjob_api.conditions import Condition, Phase, Reason
 from cptjob_api.status import CPTJobStatus, Result
 from cptjob_operator.identity import MANAGER
 from cptjob_operator.look import Look, delete
-from cptjob_operator.observed import Report
+from cptjob_operator.observed import Pod, Report
 from cptjob_operator.reported import read_report
 from cptjob_operator.wanted import Deletion, Event, Wanted
+from cptjob_trainer.termination import Termination
 
 _ENDS = (Phase.COMPLETE, Phase.FAILED)
 
@@ -62,28 +63,33 @@ def deadline(look: Look) -> Wanted | None:
 def completion(look: Look) -> Wanted | None:
     """The model is written: the coordinator says so, or every worker has ended well."""
     gang = look.gang
-    ended = gang.coordinator is not None and gang.coordinator.phase == "Succeeded"
+    said = _last_word(gang.coordinator)
     every = len(gang.workers) == gang.size and all(pod.phase == "Succeeded" for pod in gang.workers)
-    if not (ended or every):
+    if said is None and not every:
         return None
-    said = gang.coordinator.ended if gang.coordinator else None
-    already = bool(said and said.termination and said.termination.reason == "AlreadyComplete")
+    already = said is not None and said.reason == Reason.ALREADY_COMPLETE
     reason = Reason.ALREADY_COMPLETE if already else Reason.COMPLETE
-    status = look.with_status(
-        _with_result(look, said.termination.message if said and said.termination else "")
-    )
+    status = look.with_status(_with_result(look, said.message if said else ""))
     return Wanted(
         status=status.stand(
-            Phase.COMPLETE,
-            reason,
-            reason.sentence,
-            completion_time=look.now,
-            retry_time=None,
+            Phase.COMPLETE, reason, reason.sentence, completion_time=look.now, retry_time=None
         ),
         deletions=delete(gang.active, "the job is complete"),
         events=(Event("Normal", reason, reason.sentence),),
         again=look.now,
     )
+
+
+def _last_word(coordinator: Pod | None) -> Termination | None:
+    """What a coordinator said that ended because the job is complete.
+
+    It ends well, too, when the workers failed: then it has another reason, and they tell.
+    """
+    if coordinator is None or coordinator.phase != "Succeeded" or coordinator.ended is None:
+        return None
+    said = coordinator.ended.termination
+    complete = (Reason.COMPLETE, Reason.ALREADY_COMPLETE)
+    return said if said is not None and said.reason in complete else None
 
 
 def _with_result(look: Look, said: str) -> CPTJobStatus:

@@ -124,16 +124,23 @@ class Look:
                     message,
                     self.generation,
                     self.now,
-                    (*self._checkpoint(), *extra),
+                    (*self._checkpoint(phase), *extra),
                 ),
             }
         )
 
-    def _checkpoint(self) -> Iterable[tuple[Condition, bool, Reason, str]]:
+    def _checkpoint(self, phase: Phase) -> Iterable[tuple[Condition, bool, Reason, str]]:
         saved = self.status.last_checkpoint
-        if saved is None:
-            return
-        yield Condition.CHECKPOINT_READY, True, Reason.CHECKPOINT_SAVED, f"step {saved.step}"
+        kind = Condition.CHECKPOINT_READY
+        if saved is not None:
+            yield kind, True, Reason.CHECKPOINT_SAVED, f"step {saved.step}"
+        elif self.ran or phase is Phase.RUNNING:
+            yield kind, False, Reason.NO_CHECKPOINT, Reason.NO_CHECKPOINT.sentence
+
+    @property
+    def ran(self) -> bool:
+        """A gang has run before: from then on the condition CheckpointReady is there."""
+        return self.status.condition(Condition.CHECKPOINT_READY) is not None
 
     def wait(
         self, phase: Phase, reason: Reason, message: str, seconds: float | None = None

@@ -16,7 +16,7 @@ from cptjob_trainer.errors import NEVER_RETRIED
 
 Cause = Literal[
     "Fatal", "Disrupted", "Deleted", "Evicted", "NodeLost", "Rejected", "OutOfMemory", "Stopped",
-    "Exited", "Vanished", "NotStarted",
+    "CoordinatorLost", "Exited", "Vanished", "NotStarted",
 ]  # fmt: skip
 
 STOPPED = 128 + signal.SIGTERM
@@ -116,6 +116,14 @@ def _deleted(pod: Pod, _model_path: str) -> Outcome | None:
     return Outcome("Deleted", "the pod was deleted", counted=False, exit_code=_code(pod))
 
 
+def _without_coordinator(pod: Pod, _model_path: str) -> Outcome | None:
+    """A launcher that lost the store: the coordinator's end is what counts."""
+    said = pod.ended.termination if pod.ended else None
+    if said is None or said.reason != "CoordinatorLostError":
+        return None
+    return Outcome("CoordinatorLost", said.message, counted=False, exit_code=_code(pod))
+
+
 def _out_of_memory(pod: Pod, _model_path: str) -> Outcome | None:
     if pod.ended is None or pod.ended.reason != "OOMKilled":
         return None
@@ -147,6 +155,7 @@ RULES: tuple[Callable[[Pod, str], Outcome | None], ...] = (
     _lost,
     _rejected,
     _deleted,
+    _without_coordinator,
     _out_of_memory,
     _stopped,
     _exited,

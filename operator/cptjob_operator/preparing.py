@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from cptjob_api.conditions import Condition, Phase, Reason
+from cptjob_api.conditions import Phase, Reason
 from cptjob_operator import accept, outcomes, pods, restarts, waiting
 from cptjob_operator.look import LOOK_AGAIN_SECONDS, Look
 from cptjob_operator.observed import Pod
@@ -34,6 +34,9 @@ def preparation(look: Look) -> Wanted | None:
     pod = gang.coordinator
     if pod is not None and pod.phase == "Failed":
         return _coordinator_failed(look, pod)
+    if pod is not None and pod.phase == "Succeeded":
+        # It left with the workers; those who failed have been counted.
+        return _make_coordinator(look.with_status(gang.next_incarnation(pod.id)))
     lost = pod is None and gang.coordinator_id in look.observed.vanished
     if lost or (pod is not None and pod.deleting is not None):
         return _replace_coordinator(look, pod)
@@ -41,18 +44,21 @@ def preparation(look: Look) -> Wanted | None:
         return _make_coordinator(look)
     if pod.ready:
         return None
-    if look.status.condition(Condition.RUNNING) and gang.active_workers:
-        return None  # workers that train wait for a new coordinator in their rendezvous
+    if gang.active_workers:
+        return None  # workers wait for a new coordinator in their rendezvous
     found = waiting.obstacle([pod])
     if found is not None:
         return look.wait(Phase.PENDING, found.reason, found.message, LOOK_AGAIN_SECONDS)
-    message = _preparing_message(look)
-    return look.settle(
-        Wanted(
-            status=look.stand(Phase.PREPARING, Reason.PREPARING, message),
-            objects=look.missing_children(),
-        )
-    )
+    phase, reason = _on_the_way(look)
+    status = look.stand(phase, reason, _preparing_message(look))
+    return look.settle(Wanted(status=status, objects=look.missing_children()))
+
+
+def _on_the_way(look: Look) -> tuple[Phase, Reason]:
+    """Preparing for the first time, or a new coordinator for a job that ran before."""
+    if look.ran:
+        return Phase.RESTARTING, Reason.RESTARTING
+    return Phase.PREPARING, Reason.PREPARING
 
 
 def _make_coordinator(look: Look) -> Wanted:
@@ -65,9 +71,7 @@ def _make_coordinator(look: Look) -> Wanted:
     refused = look.observed.refused.get("Pod")
     if refused is not None:
         return look.wait(Phase.PENDING, Reason.WAITING_FOR_QUOTA, refused, LOOK_AGAIN_SECONDS)
-    training = look.status.condition(Condition.RUNNING) is not None
-    phase = Phase.RESTARTING if training else Phase.PREPARING
-    reason = Reason.RESTARTING if training else Reason.PREPARING
+    phase, reason = _on_the_way(look)
     pod = pods.coordinator(look.job, look.profile, look.gang.coordinator_id)
     return look.settle(
         Wanted(

@@ -76,14 +76,7 @@ def _over(until: datetime | None, now: datetime) -> bool:
 
 def _before_running(look: Look) -> Phase:
     """Starting for the first time, or again."""
-    again = look.status.last_failure is not None or _ran(look)
-    return Phase.RESTARTING if again else Phase.STARTING
-
-
-def _ran(look: Look) -> bool:
-    return look.status.condition(Condition.RUNNING) is not None and (
-        look.status.attempt > 0 or look.status.phase in (Phase.RUNNING, Phase.RESTARTING)
-    )
+    return Phase.RESTARTING if look.ran or look.status.last_failure else Phase.STARTING
 
 
 def _starting_status(look: Look, phase: Phase, late: list[Pod]) -> CPTJobStatus:

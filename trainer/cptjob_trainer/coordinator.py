@@ -207,11 +207,25 @@ def _serve(host: "TCPStore", server: ProgressServer, lifetime: _Lifetime) -> Non
             server.update(_read(host.get(STORE_KEY), server.current()))
         if host.check([store.DONE_KEY]):
             ended = Termination.from_json(host.get(store.DONE_KEY).decode())
-            server.update(_final(server.current(), ended))
+            last = _final(server.current(), ended)
+            server.update(last)
+            _say_how_it_ended(last, ended)
             # Whoever watches the progress gets to see the end of it.
             time.sleep(2 * _POLL_SECONDS)
             return
         time.sleep(_POLL_SECONDS)
+
+
+def _say_how_it_ended(last: Progress, ended: Termination) -> None:
+    """The end of the job, for whoever started the coordinator: it is not its own failure.
+
+    A complete job's message is the last report, so that its figures are not lost with the process.
+    """
+    complete = ended.exit_code == 0
+    reason, message = (
+        ("Complete", last.to_json().decode()) if complete else ("Ended", ended.message)
+    )
+    termination.write(Termination(0, reason, message, time=time.time()))
 
 
 def _read(value: bytes, previous: Progress) -> Progress:

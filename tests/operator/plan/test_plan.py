@@ -168,7 +168,8 @@ class TestSuspension:
         job.wait(10_000)
         job.edit(suspend=False)
         job.settle()
-        assert job.phase is Phase.PREPARING
+        assert job.phase is Phase.RESTARTING
+        assert job.condition(Condition.RECONCILING) is None
 
     def test_it_goes_on_with_new_pods_and_without_counting_a_restart(
         self, world: MakeWorld
@@ -474,3 +475,32 @@ def test_conditions_keep_the_time_of_their_last_change(world: MakeWorld) -> None
     assert after.last_transition_time == before
     assert (after.observed_generation, job.status.observed_generation) == (2, 2)
     assert Reason(after.reason) is Reason.RUNNING
+
+
+def test_a_coordinator_that_left_with_failed_workers_does_not_make_the_job_complete(
+    world: MakeWorld,
+) -> None:
+    job = world()
+    job.train()
+    for pod in job.workers:
+        job.fail(pod, 70, "RuntimeError", "boom")
+    job.succeed(job.pod(Role.COORDINATOR), "Ended")
+    job.settle()
+    assert job.phase is Phase.RESTARTING
+    assert job.status.restarts_count_towards_max == 1
+    job.get_ready(job.pod(Role.COORDINATOR))
+    job.wait(700)
+    job.settle()
+    job.get_ready(*job.workers)
+    job.settle()
+    assert job.phase is Phase.RUNNING
+
+
+def test_workers_that_lost_the_coordinator_count_nothing_against_the_job(world: MakeWorld) -> None:
+    job = world()
+    job.train()
+    for pod in job.workers:
+        job.fail(pod, 75, "CoordinatorLostError", "the coordinator is gone")
+    job.take_away(job.pod(Role.COORDINATOR))
+    job.settle()
+    assert job.status.restarts_count_towards_max == 0
