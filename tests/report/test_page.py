@@ -164,6 +164,13 @@ def test_a_last_batch_that_is_filled_up_does_not_flatten_the_padding_of_the_othe
     assert "Without the last step, whose batch is filled up: 88 % padding." in found.text
 
 
+def test_a_loss_that_is_no_number_is_told_with_its_reason(run: Any, page: Any) -> None:
+    manifest = run.manifest() | {"notFinite": {"heldout_domain_loss": "not a finite number"}}
+    assert manifest["metrics"].pop("heldout_domain_loss")
+    text = page(write_report(run.write(), manifest)).text
+    assert "Notes\nheldout_domain_loss: not a finite number" in text
+
+
 def test_skipped_steps_are_marked_and_counted(run: Any, page: Any) -> None:
     run.skipped = frozenset([3, 120])
     found = page(write_report(run.write(), run.manifest()))

@@ -129,7 +129,7 @@ def read_record(out: Path, manifest: Mapping[str, Any] | None = None) -> Record:
         evaluation_seconds=_known(manifest.get("evaluationSeconds")),
         settings=_settings(manifest, config, checkpoint),
         software=_mapping(manifest.get("software") or checkpoint.get("software")),
-        notes=tuple(str(note) for note in _list(prepared.get("warnings"))),
+        notes=_notes(manifest, prepared),
         sources=_sources(manifest, prepared, steps),
         base=_base_losses(manifest) or _numbers(bases.get("byRole")),
         base_by_source=_numbers(bases.get("bySource")),
@@ -219,6 +219,13 @@ def _last_evaluation(manifest: Mapping[str, Any]) -> tuple[Evaluation, ...]:
     if not any(f"heldout_{role.lower()}_loss" in metrics for role in ROLES):
         return ()
     return (Evaluation(_count(manifest.get("steps")) or 0, metrics),)
+
+
+def _notes(manifest: Mapping[str, Any], prepared: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a person should know: losses that are no numbers, and what preparing warned of."""
+    unknown = _mapping(manifest.get("notFinite"))
+    warnings = [str(note) for note in _list(prepared.get("warnings"))]
+    return (*(f"{name}: {reason}" for name, reason in unknown.items()), *warnings)
 
 
 def _settings(
