@@ -40,7 +40,7 @@ def coordinator(job: CPTJob, profile: Profile, pod_id: PodId) -> Manifest:
     """The pod that prepares data, hosts the store and serves progress. No queue and no GPU."""
     together = _together(job, profile)
     arguments = ["--store-port", str(STORE_PORT), "--http-port", str(HTTP_PORT)]
-    container = _container(profile, "cptjob_trainer.coordinator", arguments, _ENVIRONMENT)
+    container = _container(profile, "cptjob_trainer.coordinator", arguments)
     container["resources"] = _resources(profile.coordinator)
     container["ports"] = [
         {"name": "http", "containerPort": HTTP_PORT, "protocol": "TCP"},
@@ -72,8 +72,7 @@ def worker(
         *("--nnodes", str(nodes)),
         *("--nproc-per-node", str(profile.num_proc_per_node)),
     ]
-    environment = _ENVIRONMENT | profile.env
-    container = _container(profile, "cptjob_trainer.launch", arguments, environment)
+    container = _container(profile, "cptjob_trainer.launch", arguments)
     container["resources"] = _resources(profile.worker)
     affinity = placement.worker_affinity(
         profile,
@@ -149,9 +148,8 @@ def _selector(profile: Profile) -> Manifest:
     return {"nodeSelector": labels} if labels else {}
 
 
-def _container(
-    profile: Profile, module: str, arguments: list[str], environment: dict[str, str]
-) -> Manifest:
+def _container(profile: Profile, module: str, arguments: list[str]) -> Manifest:
+    environment = _ENVIRONMENT | profile.env
     container: Manifest = {
         "name": CONTAINER,
         "image": profile.image,

@@ -97,7 +97,7 @@ class Profile(Frozen):
     runtime_class_name: str | None = Field(default=None, description="Runtime of the workers.")
     priority_class_name: str | None = Field(default=None, description="Priority of the pods.")
     scheduler_name: str | None = Field(default=None, description="Scheduler of the workers.")
-    env: dict[str, str] = Field(default={}, description="Environment of the workers.")
+    env: dict[str, str] = Field(default={}, description="Environment of the processes.")
     secret_refs: tuple[str, ...] = Field(
         default=(), description="Secrets whose keys become environment variables."
     )
