@@ -1,0 +1,175 @@
+"""Each job at most once, at its time, and never two passes of one job at once."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from cptjob_operator.api_errors import Throttled
+from cptjob_operator.identity import JobKey
+from cptjob_operator.queue import Queue
+
+A, B, C = (JobKey("team", name) for name in "abc")
+
+
+def running(
+    queue: Queue, work: Callable[[JobKey], Awaitable[float | None]], test: Awaitable[None]
+) -> None:
+    """Runs `test` while the queue runs `work`."""
+
+    async def body() -> None:
+        task = asyncio.create_task(queue.run(work))
+        try:
+            await asyncio.wait_for(test, timeout=60)
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(body())
+
+
+def test_wishes_for_one_job_are_one_pass() -> None:
+    done: list[JobKey] = []
+    over = asyncio.Event()
+    queue = Queue()
+
+    async def work(key: JobKey) -> None:
+        done.append(key)
+        if key == B:
+            over.set()
+
+    async def test() -> None:
+        await over.wait()
+
+    for _ in range(3):
+        queue.add(A)
+    queue.add(B)
+    running(queue, work, test())
+    assert done == [A, B]
+
+
+def test_a_job_that_changes_during_its_pass_gets_another_one_after_it() -> None:
+    under_way: list[int] = []
+    active = 0
+    over = asyncio.Event()
+    queue = Queue()
+
+    async def work(key: JobKey) -> None:
+        nonlocal active
+        active += 1
+        under_way.append(active)
+        if len(under_way) == 1:
+            queue.add(A)
+            queue.add(A)
+            await asyncio.sleep(0.01)
+        active -= 1
+        if len(under_way) == 2:
+            over.set()
+
+    async def test() -> None:
+        await over.wait()
+
+    queue.add(A)
+    running(queue, work, test())
+    assert under_way == [1, 1]
+
+
+def test_no_more_passes_than_the_limit_are_under_way() -> None:
+    most = active = count = 0
+    over = asyncio.Event()
+    queue = Queue(limit=2)
+
+    async def work(key: JobKey) -> None:
+        nonlocal active, most, count
+        active += 1
+        most = max(most, active)
+        await asyncio.sleep(0)
+        active -= 1
+        count += 1
+        if count == 20:
+            over.set()
+
+    async def test() -> None:
+        await over.wait()
+
+    for number in range(20):
+        queue.add(JobKey("team", str(number)))
+    running(queue, work, test())
+    assert most == 2
+
+
+def test_the_earliest_wish_holds() -> None:
+    now = 0.0
+    queue = Queue(clock=lambda: now)
+    queue.add(A, 5.0)
+    queue.add(A, 3.0)
+    queue.add(A, 9.0)
+    assert queue.depth() == 0
+    now = 3.0
+    assert queue.depth() == 1
+    now = 4.5
+    assert queue.age() == 1.5
+    queue.forget(A)
+    assert (queue.depth(), queue.age()) == (0, 0.0)
+
+
+def test_a_failed_pass_waits_longer_each_time_whatever_happens_meanwhile() -> None:
+    now = 0.0
+    queue = Queue(clock=lambda: now)
+    waits: list[float] = []
+
+    async def fail(key: JobKey) -> None:
+        raise ValueError("broken")
+
+    async def test() -> None:
+        nonlocal now
+        for _ in range(6):
+            queue.add(A)
+            assert queue._ready()[0] == A
+            queue._active.add(A)
+            await queue._one(A, fail)
+            queue.add(A)  # an event comes in
+            _, wait = queue._ready()
+            assert wait is not None
+            waits.append(wait)
+            now += wait
+
+    asyncio.run(test())
+    assert all(0.1 * 2**n <= wait <= 0.2 * 2**n for n, wait in enumerate(waits)), waits
+
+
+def test_a_broken_job_does_not_hold_up_others() -> None:
+    done: list[JobKey] = []
+    over = asyncio.Event()
+    queue = Queue(limit=1)
+
+    async def work(key: JobKey) -> None:
+        if key == A:
+            raise ValueError("broken")
+        done.append(key)
+        if len(done) == 2:
+            over.set()
+
+    async def test() -> None:
+        await over.wait()
+
+    for key in (A, B, C):
+        queue.add(key)
+    running(queue, work, test())
+    assert done == [B, C]
+
+
+def test_the_api_servers_own_wish_is_kept_to() -> None:
+    queue = Queue(clock=lambda: 100.0)
+
+    async def work(key: JobKey) -> None:
+        error = Throttled("later")
+        error.retry_after = 7.0
+        raise error
+
+    async def test() -> None:
+        queue.add(A)
+        assert queue._ready()[0] == A
+        queue._active.add(A)
+        await queue._one(A, work)
+        assert queue._ready() == (None, 7.0)
+
+    asyncio.run(test())
