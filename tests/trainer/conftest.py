@@ -1,8 +1,12 @@
 """Tiny models of many architectures with random weights, and a trainer around one, in this process."""
 
 import dataclasses
+import hashlib
 import os
+import signal
+import socket
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +17,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from cptjob_trainer import components, forkserver, loop
+from cptjob_trainer import components, demo, failpoints, forkserver, loop
 from cptjob_trainer.config import (
+    Checkpoint,
     DatasetInput,
     Dropout,
     ModelInput,
@@ -23,7 +28,10 @@ from cptjob_trainer.config import (
     ResolvedSchedule,
     ResolvedTraining,
     TrainerConfig,
+    ValidationInput,
 )
+from cptjob_trainer.metrics import read_metrics
+from cptjob_trainer.prepare import prepare
 from cptjob_trainer.prepared import Prepared
 from cptjob_trainer.rows import Row
 from cptjob_trainer.runtime import Runtime
@@ -65,7 +73,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "granite": {"logits_scaling": 3.0},
     "mixtral": {"num_local_experts": 4},
     # Windows that are in the mask only, and longer than the probe's documents.
-    "phimoe": {"sliding_window": 32, "num_local_experts": 4},
+    "phimoe": {
+        "sliding_window": 32, "num_local_experts": 4,
+        "router_jitter_noise": 0.0, "input_jitter_noise": 0.0,
+    },
     "llama4_text": {
         "attention_chunk_size": 32, "num_local_experts": 2, "head_dim": 8,
         "intermediate_size_mlp": 64, "no_rope_layers": [1, 1], "moe_layers": [1],
@@ -254,3 +265,119 @@ def fork_server() -> None:
     """The launcher's warm server: ranks forked from it start in a fraction of a second."""
     os.environ["OMP_NUM_THREADS"] = "1"
     forkserver.start("cptjob_trainer.worker:main")
+
+
+# --- whole workers ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def volumes(tmp_path_factory: pytest.TempPathFactory, fork_server: None) -> Path:
+    path = tmp_path_factory.mktemp("volumes")
+    demo.main(["tiny", "--volumes", str(path)])
+    return path
+
+
+@dataclass
+class Run:
+    """One output, trained by as many attempts as it takes."""
+
+    config: TrainerConfig
+    config_path: Path
+    prepared: Path
+    world: int = 1
+
+    def attempt(self, failpoint: str = "", kill_after: float | None = None) -> list[int]:
+        """Exit codes of the ranks."""
+        ranks = self.start(failpoint)
+        if kill_after is not None:
+            time.sleep(kill_after)
+            for rank in ranks:
+                if rank.pid is not None and rank.exitcode is None:
+                    os.kill(rank.pid, signal.SIGKILL)
+        return self.wait(ranks)
+
+    def start(self, failpoint: str = "") -> list[Any]:
+        """The processes of the ranks."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        environment = {
+            "CPTJOB_PREPARED": str(self.prepared),
+            failpoints.VARIABLE: failpoint,
+            "WORLD_SIZE": str(self.world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "GLOO_SOCKET_IFNAME": "lo",
+            "CPTJOB_TERMINATION_LOG": os.devnull,
+        }
+        return [
+            forkserver.spawn(
+                "cptjob_trainer.worker:main",
+                str(self.config_path),
+                environment | {"RANK": str(rank)},
+            )
+            for rank in range(self.world)
+        ]
+
+    @staticmethod
+    def wait(ranks: list[Any]) -> list[int]:
+        """Exit codes of the ranks."""
+        for rank in ranks:
+            rank.join(240)
+        codes = [rank.exitcode for rank in ranks]
+        assert None not in codes, "a rank hangs"
+        return codes
+
+    def steps(self) -> list[int]:
+        """The steps that are told in metrics.jsonl."""
+        lines = read_metrics(self.output / "metrics.jsonl")
+        return [line["step"] for line in lines if "loss" in line]
+
+    @property
+    def output(self) -> Path:
+        return self.config.paths.output
+
+    def weights(self) -> str:
+        names = sorted(self.output.glob("model/*.safetensors"))
+        return hashlib.sha256(b"".join(name.read_bytes() for name in names)).hexdigest()
+
+
+@pytest.fixture(scope="session")
+def start(volumes: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+    """`start(world=2, method="LoRA")`: a fresh output; the data is prepared once."""
+
+    def build(
+        world: int = 1, method: str = "Full", steps: int = 9, save: int = 2, evaluate: int = 4
+    ) -> Run:
+        output = tmp_path_factory.mktemp("run")
+        lora = ResolvedLora(rank=4, alpha=8.0, target_modules=("all-linear",))
+        config = TrainerConfig(
+            name="crash",
+            uid="uid",
+            model=ModelInput(uri="pvc://models/tiny", path=volumes / "models/tiny"),
+            datasets=(
+                DatasetInput(name="domain", uri="d", path=volumes / "data/domain"),
+                DatasetInput(
+                    name="general", uri="g", path=volumes / "data/general", role="General"
+                ),
+            ),
+            validation=ValidationInput(split_percent=5.0, every_steps=evaluate),
+            training=ResolvedTraining(
+                method=method,  # type: ignore[arg-type]
+                lora=lora if method == "LoRA" else None,
+                epochs=1,
+                max_steps=steps,
+                max_length=64,
+                batch_size_per_device=2,
+                global_batch_size=4,
+                learning_rate=1e-3,
+                schedule=ResolvedSchedule(min_learning_rate=1e-4, warmup_steps=2),
+            ),
+            checkpoint=Checkpoint(every_steps=save, keep_last=2),
+            paths=Paths(output=output, prepared=volumes / "prepared"),
+        )
+        config.dump(output / "config.json")
+        prepared = prepare(config, processes=1, packs=lambda _: True)
+        return Run(config, output / "config.json", prepared.directory, world)
+
+    return build

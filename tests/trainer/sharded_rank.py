@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from cptjob_trainer import pretrained
 from cptjob_trainer.config import TrainerConfig
 from cptjob_trainer.optimizer import checkpoint_tensors
 
@@ -22,12 +23,18 @@ sys.modules["helpers"] = helpers
 spec.loader.exec_module(helpers)
 
 
+def refuse(*_: object) -> None:
+    raise AssertionError("only the first rank may load the whole model")
+
+
 def main(text: str) -> None:
     """`text`: the task as JSON; RANK, WORLD_SIZE and MASTER_* are set."""
     task = json.loads(text)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if world > 1:
         dist.init_process_group("gloo")
+    if rank > 0:
+        pretrained.load = refuse
     config = TrainerConfig.load(task["config"])
     rows = helpers.random_rows(*task["rows"])
     trainer = helpers.assemble(config, rows, task["total_steps"], task["packed"], rank, world)

@@ -6,14 +6,10 @@ left out here to make each attempt take a second.
 
 import hashlib
 import json
-import os
 import random
 import re
 import signal
-import socket
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +18,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from cptjob_trainer import demo, failpoints, forkserver
-from cptjob_trainer.config import (
-    Checkpoint,
-    DatasetInput,
-    ModelInput,
-    Paths,
-    ResolvedLora,
-    ResolvedSchedule,
-    ResolvedTraining,
-    TrainerConfig,
-    ValidationInput,
-)
-from cptjob_trainer.metrics import read_metrics
-from cptjob_trainer.prepare import prepare
+from cptjob_trainer import failpoints
 
-STEPS, KEPT = 9, 2
-ENTRYPOINT = "cptjob_trainer.worker:main"
+# A `Run` of conftest.py.
+Run = Any
+# Of the runs that `start` makes.
+STEPS = 9
 # Points that a worker passes; those of prepare are another process's.
 POINTS = sorted(name for name in failpoints.NAMES if not name.startswith("prepare."))
 ONCE = {"train.start", "checkpoint.claim", "checkpoint.claimed", "checkpoint.clean"} | {
@@ -46,108 +31,13 @@ ONCE = {"train.start", "checkpoint.claim", "checkpoint.claimed", "checkpoint.cle
 }
 
 
-@pytest.fixture(scope="session")
-def volumes(tmp_path_factory: pytest.TempPathFactory, fork_server: None) -> Path:
-    path = tmp_path_factory.mktemp("volumes")
-    demo.main(["tiny", "--volumes", str(path)])
-    return path
-
-
-@dataclass
-class Run:
-    """One output, trained by as many attempts as it takes."""
-
-    config: TrainerConfig
-    config_path: Path
-    prepared: Path
-    world: int = 1
-
-    def attempt(self, failpoint: str = "", kill_after: float | None = None) -> list[int]:
-        """Exit codes of the ranks."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        environment = {
-            "CPTJOB_PREPARED": str(self.prepared),
-            failpoints.VARIABLE: failpoint,
-            "WORLD_SIZE": str(self.world),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "GLOO_SOCKET_IFNAME": "lo",
-            "CPTJOB_TERMINATION_LOG": os.devnull,
-        }
-        ranks = [
-            forkserver.spawn(ENTRYPOINT, str(self.config_path), environment | {"RANK": str(rank)})
-            for rank in range(self.world)
-        ]
-        if kill_after is not None:
-            time.sleep(kill_after)
-            for rank in ranks:
-                if rank.pid is not None and rank.exitcode is None:
-                    os.kill(rank.pid, signal.SIGKILL)
-        for rank in ranks:
-            rank.join(240)
-        codes = [rank.exitcode for rank in ranks]
-        assert None not in codes, "a rank hangs"
-        return [code for code in codes if code is not None]
-
-    @property
-    def output(self) -> Path:
-        return self.config.paths.output
-
-    def weights(self) -> str:
-        names = sorted(self.output.glob("model/*.safetensors"))
-        return hashlib.sha256(b"".join(name.read_bytes() for name in names)).hexdigest()
-
-    def check(self, expected: str) -> None:
-        """Complete, the same weights, what was asked to be kept, and one line for each step."""
-        assert json.loads((self.output / "manifest.json").read_text())["steps"] == STEPS
-        assert self.weights() == expected
-        kept = [path.name for path in (self.output / "checkpoints").glob("step-*")]
-        assert sorted(int(re.findall(r"\d+", name)[0]) for name in kept) == [8, 9]
-        steps = [
-            line["step"] for line in read_metrics(self.output / "metrics.jsonl") if "loss" in line
-        ]
-        assert steps == list(range(1, STEPS + 1))
-
-
-@pytest.fixture(scope="session")
-def start(volumes: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
-    """`start(world=2, method="LoRA")`: a fresh output; the data is prepared once."""
-
-    def build(world: int = 1, method: str = "Full") -> Run:
-        output = tmp_path_factory.mktemp("run")
-        lora = ResolvedLora(rank=4, alpha=8.0, target_modules=("all-linear",))
-        config = TrainerConfig(
-            name="crash",
-            uid="uid",
-            model=ModelInput(uri="pvc://models/tiny", path=volumes / "models/tiny"),
-            datasets=(
-                DatasetInput(name="domain", uri="d", path=volumes / "data/domain"),
-                DatasetInput(
-                    name="general", uri="g", path=volumes / "data/general", role="General"
-                ),
-            ),
-            validation=ValidationInput(split_percent=5.0, every_steps=4),
-            training=ResolvedTraining(
-                method=method,  # type: ignore[arg-type]
-                lora=lora if method == "LoRA" else None,
-                epochs=1,
-                max_steps=STEPS,
-                max_length=64,
-                batch_size_per_device=2,
-                global_batch_size=4,
-                learning_rate=1e-3,
-                schedule=ResolvedSchedule(min_learning_rate=1e-4, warmup_steps=2),
-            ),
-            checkpoint=Checkpoint(every_steps=2, keep_last=KEPT),
-            paths=Paths(output=output, prepared=volumes / "prepared"),
-        )
-        config.dump(output / "config.json")
-        prepared = prepare(config, processes=1, packs=lambda _: True)
-        return Run(config, output / "config.json", prepared.directory, world)
-
-    return build
+def check(run: Run, expected: str) -> None:
+    """Complete, the same weights, what was asked to be kept, and one line for each step."""
+    assert json.loads((run.output / "manifest.json").read_text())["steps"] == STEPS
+    assert run.weights() == expected
+    kept = [path.name for path in (run.output / "checkpoints").glob("step-*")]
+    assert sorted(int(re.findall(r"\d+", name)[0]) for name in kept) == [8, 9]
+    assert run.steps() == list(range(1, STEPS + 1))
 
 
 @pytest.fixture(scope="session")
@@ -160,7 +50,7 @@ def uninterrupted(start: Callable[..., Run]) -> Callable[..., str]:
             run = start(world, method)
             assert run.attempt() == [0] * world
             known[world, method] = run.weights()
-            run.check(known[world, method])
+            check(run, known[world, method])
             base = (Path(run.config.model.path) / "model.safetensors").read_bytes()
             assert known[world, method] != hashlib.sha256(base).hexdigest(), "nothing was learnt"
         return known[world, method]
@@ -175,7 +65,7 @@ def kill_and_go_on(run: Run, expected: str, failpoint: str) -> None:
     codes = run.attempt(failpoint)
     assert -signal.SIGKILL in codes, f"{failpoint} was not passed"
     assert run.attempt() == [0] * run.world
-    run.check(expected)
+    check(run, expected)
 
 
 def passed_at_least(point: str) -> list[str]:
@@ -211,7 +101,7 @@ def test_killed_again_and_again_the_weights_are_the_same(
     ):
         assert run.attempt(failpoint) == [-signal.SIGKILL]
     assert run.attempt() == [0]
-    run.check(uninterrupted())
+    check(run, uninterrupted())
 
 
 def test_a_run_killed_before_its_manifest_leaves_no_older_one_beside_its_model(
@@ -282,4 +172,4 @@ def test_killed_at_any_moment_and_run_again_the_weights_are_the_same(
     for _ in range(3):
         run.attempt(kill_after=moments.uniform(0.2, 4.0))
     assert run.attempt() == [0] * world
-    run.check(expected)
+    check(run, expected)

@@ -1,12 +1,15 @@
 """One step is the same step however it is divided, and no token counts twice."""
 
+import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from cptjob_trainer import dropout, model
+from cptjob_trainer import activations, dropout, model
 from cptjob_trainer.config import Dropout, Guards
 from cptjob_trainer.errors import ConfigError, Stopped
 from cptjob_trainer.optimizer import checkpoint_tensors
@@ -32,6 +35,25 @@ def test_activation_checkpointing_changes_no_loss(
     plain = run_steps(trainer(path, data, total_steps=8), 8)
     saved = run_steps(trainer(path, data, total_steps=8, activation_checkpointing="Full"), 8)
     assert saved == plain
+
+
+@pytest.mark.parametrize(("memory", "wrapped"), [(1, True), (10**12, False)])
+def test_activation_checkpointing_is_chosen_where_memory_is_short_and_changes_no_loss(
+    memory: int,
+    wrapped: bool,
+    model_dir: Build,
+    rows: Build,
+    trainer: Build,
+    run_steps: Build,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path, data = model_dir("llama"), rows(20, 24, 2)
+    plain = run_steps(trainer(path, data, total_steps=8, activation_checkpointing="None"), 8)
+    monkeypatch.setattr(activations, "host_memory", lambda: memory)
+    chosen = trainer(path, data, total_steps=8, activation_checkpointing="Auto")
+    names = [name for name, _ in chosen.model.named_parameters()]
+    assert any("_checkpoint_wrapped_module" in name for name in names) == wrapped
+    assert run_steps(chosen, 8) == plain
 
 
 def test_activation_checkpointing_draws_the_dropout_masks_it_drew_before(
@@ -69,6 +91,30 @@ def test_dropout_of_a_kind_that_an_architecture_has_no_place_for_is_refused_by_n
 ) -> None:
     with pytest.raises(ConfigError, match=r"training\.dropout\.feedForward"):
         trainer(model_dir("mamba"), rows(4, 24, 1), packed=False, dropout=Dropout(feed_forward=0.1))
+
+
+def test_no_loss_is_taken_on_a_system_prompt_and_the_document_sees_it(
+    model_dir: Build, rows: Build, trainer: Build
+) -> None:
+    path, prompt = model_dir("llama"), 5
+    lm = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    data, expected, targets = [], 0.0, 0
+    for row in rows(2, 24, 2):
+        # Each of a row's documents begins with the prompt.
+        masked = row.masked.copy()
+        for start, end in itertools.pairwise([*row.starts.tolist(), len(row.tokens)]):
+            masked[start : start + prompt] = True
+            ids = torch.from_numpy(row.tokens[start:end]).unsqueeze(0)
+            labels = ids.clone()
+            labels[:, :prompt] = -100
+            count = end - start - prompt
+            expected += lm(input_ids=ids, labels=labels).loss.item() * count
+            targets += count
+        data.append(dataclasses.replace(row, masked=masked))
+    built = trainer(path, data, batch=2, micro=1, total_steps=1)
+    step_rows = built.batcher.step(0)
+    assert step_rows.targets == targets
+    assert built.step(step_rows, targets).loss == pytest.approx(expected / targets, rel=1e-5)
 
 
 def test_another_seed_drops_other_elements() -> None:
@@ -125,6 +171,15 @@ def test_lora_targets_that_fit_no_layer_are_refused_with_the_names_that_would(
 ) -> None:
     with pytest.raises(ConfigError, match=r"training\.lora\.targetModules.*q_proj"):
         trainer(model_dir("llama"), rows(4, 24, 2), lora={"target_modules": ("nonsense",)})
+
+
+def test_layers_that_cannot_have_adapters_are_refused_with_the_reason(
+    model_dir: Build, rows: Build, trainer: Build
+) -> None:
+    with pytest.raises(
+        ConfigError, match=r"all-linear cannot .*: .*incompatible with Mamba.*x_proj"
+    ):
+        trainer(model_dir("mamba"), rows(4, 24, 1), packed=False, lora={})
 
 
 def test_bfloat16_keeps_fp32_weights_and_learns_the_same(

@@ -108,15 +108,14 @@ def _add_adapters(lm: Any, training: ResolvedTraining) -> None:
         target_modules=targets if targets != ["all-linear"] else "all-linear",
         task_type="CAUSAL_LM",
     )
+    linear = {n.rpartition(".")[2] for n, m in lm.named_modules() if isinstance(m, nn.Linear)}
     try:
         inject_adapter_in_model(peft_config, lm)
     except ValueError as error:
-        names = sorted(
-            {n.rpartition(".")[2] for n, m in lm.named_modules() if isinstance(m, nn.Linear)}
-        )
+        reason = str(error).partition("\n")[0].partition(". Please")[0].rstrip(".")
         raise ConfigError(
-            f"training.lora.targetModules: {lora.target_modules} fits no layer of this model; "
-            f"its linear layers are {names}"
+            f"training.lora.targetModules: {', '.join(lora.target_modules)} cannot be used with this "
+            f"model: {reason}; name some of its linear layers: {', '.join(sorted(linear))}"
         ) from error
     for name, parameter in lm.named_parameters():
         parameter.requires_grad_("lora_" in name)
