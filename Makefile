@@ -52,10 +52,12 @@ check: $(VENV)/.dev ## look for faults; changes nothing
 	$(bin)/mypy
 	$(bin)/lint-imports
 	$(bin)/python -m cptjob_api.generate --check
+	$(bin)/python charts/generate.py --check
 	$(bin)/python -m pytest -q tests/house
 
-generate: $(VENV)/.run ## write the CRD, the field reference and the tree in README.md
+generate: $(VENV)/.dev ## write the CRD, the field reference, the chart's values and README.md's tree
 	$(bin)/python -m cptjob_api.generate
+	$(bin)/python charts/generate.py
 	$(bin)/python docs/tree.py
 
 # ---- the environment: each file below says that its part is done ----
