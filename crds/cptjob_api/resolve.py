@@ -236,11 +236,15 @@ def lora_target_modules(ask: Question) -> tuple[str, ...] | None:
 
 
 def split_percent(ask: Question) -> float:
-    """0 with validation data sets, else 1."""
+    """0 when each role of the data has a validation data set, else 1.
+
+    A role that has one is not split, so 1 holds out text of the others only.
+    """
     validation = ask.spec.validation
     if validation.split_percent is not None:
         return validation.split_percent
-    return 0.0 if validation.datasets else 1.0
+    covered = {dataset.role for dataset in validation.datasets}
+    return 0.0 if covered.issuperset(dataset.role for dataset in ask.spec.datasets) else 1.0
 
 
 def _lora(ask: Question) -> Lora | None:

@@ -112,8 +112,9 @@ class Validation(Strict):
     )
     split_percent: SplitPercent | None = Field(
         default=None,
-        description="Percent of the training documents held out, chosen by a hash of their text.",
-        json_schema_extra=rule("0 with validation data sets, else 1"),
+        description="Percent of the training documents held out, chosen by a hash of their text; a "
+        "role with validation data sets keeps all of its own.",
+        json_schema_extra=rule("0 when each role of the data has a validation data set, else 1"),
     )
     every_steps: Annotated[int, Field(ge=1, le=100_000_000)] | None = Field(
         default=None,

@@ -71,6 +71,18 @@ TABLE: list[tuple[dict[str, Any], ModelFacts, str, Any]] = [
         "split_percent",
         0.0,
     ),
+    (
+        {
+            "spec.datasets": [
+                {"name": "d", "storageUri": "pvc://d"},
+                {"name": "g", "storageUri": "pvc://g", "role": "General"},
+            ],
+            "spec.validation.datasets": [{"name": "v", "storageUri": "pvc://v"}],
+        },
+        LLAMA,
+        "split_percent",
+        1.0,
+    ),
     ({"spec.validation.splitPercent": 5}, LLAMA, "split_percent", 5.0),
     ({}, LLAMA, "image", "cptjob/trainer:latest"),
     ({"spec.trainer.image": "mine"}, LLAMA, "image", "mine"),

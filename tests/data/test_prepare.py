@@ -231,7 +231,20 @@ def test_one_document_is_trained_on_and_the_missing_split_is_told(
     path = make.texts(tmp_path / "data.jsonl", ["the only document of all"])
     prepared = prepare(job(path), packs=packs)
     assert prepared.heldout == ()
-    assert any("nothing is held out" in warning for warning in prepared.warnings)
+    assert any("nothing is held out of the Domain" in warning for warning in prepared.warnings)
+
+
+def test_a_role_of_which_nothing_is_held_out_is_told_with_what_to_do(
+    tmp_path: Path, make: SimpleNamespace, job: Job
+) -> None:
+    domain = make.texts(tmp_path / "domain.jsonl", make.sentences(50))
+    general = make.texts(tmp_path / "general.jsonl", make.sentences(50, "g"))
+    extra = make.texts(tmp_path / "extra.jsonl", make.sentences(5, "e"))
+    prepared = prepare(job(domain, general=[general], held=[extra], split=0.0), packs=packs)
+    told = [warning for warning in prepared.warnings if "held out" in warning]
+    assert len(told) == 1
+    assert "of the General text, so forgetting will not be measured" in told[0]
+    assert "validation.splitPercent above 0, or give validation.datasets of role General" in told[0]
 
 
 def test_all_data_held_out_is_refused(tmp_path: Path, make: SimpleNamespace, job: Job) -> None:

@@ -8,14 +8,16 @@ _LITTLE_DATA = 100_000
 
 @dataclass(frozen=True)
 class Counts:
-    """What the rules look at. `rows` are drawn in all, `batch` of them a step."""
+    """What the rules look at. `rows` are drawn in all, `batch` of them a step. `unmeasured` are the
+    roles of the training data of which nothing is held out.
+    """
 
     packed: bool
     rows: int
     batch: int
     epochs: int
     domain_tokens: int
-    held_out: bool
+    unmeasured: tuple[str, ...]
     bad_lines: int
 
 
@@ -55,11 +57,14 @@ def _little_to_learn_from(counts: Counts) -> str | None:
 
 
 def _nothing_held_out(counts: Counts) -> str | None:
-    if counts.held_out:
+    if not counts.unmeasured:
         return None
+    shown = {"Domain": "what is learnt and over-fitting", "General": "forgetting"}
+    roles = " and ".join(counts.unmeasured)
     return (
-        "validation: nothing is held out, so nothing shows over-fitting or forgetting; set "
-        "validation.splitPercent or validation.datasets"
+        f"validation: nothing is held out of the {roles} text, so "
+        f"{' and '.join(shown[role] for role in counts.unmeasured)} will not be measured; set "
+        f"validation.splitPercent above 0, or give validation.datasets of role {roles}"
     )
 
 

@@ -294,7 +294,9 @@ def _described(
         batch=training.global_batch_size,
         epochs=training.epochs,
         domain_tokens=sum(entry["tokens"] for entry in sources if entry["role"] == "Domain"),
-        held_out=bool(heldout),
+        unmeasured=tuple(
+            sorted({entry["role"] for entry in sources} - {entry["role"] for entry in heldout})
+        ),
         bad_lines=faults.bad_lines,
     )
     return {

@@ -83,8 +83,6 @@ def _make_repeatable(config: TrainerConfig) -> None:
 
 def _train(config: TrainerConfig, prepared: Prepared, runtime: Runtime, stop: StopFlag) -> None:
     components = assemble(config, prepared, runtime)
-    for sentence in unmeasured(prepared):
-        log.warning("%s", sentence)
     checkpoints, reporter = components.checkpoints, components.reporter
     resume = checkpoints.open()
     for warning in checkpoints.warnings:
@@ -111,18 +109,6 @@ def _metrics_log(config: TrainerConfig, state: LoopState) -> MetricsLog:
     events = out / "tensorboard" if config.tracking.tensor_board else None
     evaluated = not state.evaluation_pending
     return MetricsLog(out / "metrics.jsonl", state.step, events, evaluated=evaluated)
-
-
-def unmeasured(prepared: Prepared) -> list[str]:
-    """What the training cannot tell about itself, as a sentence for each role without held-out text."""
-    held_out = {source.role for source in prepared.heldout}
-    missing = {source.role for source in prepared.sources} - held_out
-    told = {"Domain": "what is learnt", "General": "forgetting"}
-    return [
-        f"validation: no {role} text is held out, so {told[role]} is not measured; set "
-        f"validation.splitPercent above 0, or add a data set of role {role} to validation.datasets"
-        for role in sorted(missing)
-    ]
 
 
 def _base_losses(components: Components, prepared: Prepared) -> tuple[HeldOut, float]:
