@@ -37,7 +37,8 @@ def finished(look: Look) -> Wanted | None:
         was = status.condition(
             Condition.COMPLETE if status.phase is Phase.COMPLETE else Condition.FAILED
         )
-        reason = Reason(was.reason) if was else Reason.COMPLETE
+        known = (each for each in Reason if was and each == was.reason)
+        reason = next(known, Reason.COMPLETE)
         written = look.stand(status.phase, reason, was.message if was else "")
     ttl = look.spec.ttl_seconds_after_finished
     if ttl is None or status.completion_time is None:

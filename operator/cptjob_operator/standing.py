@@ -6,6 +6,7 @@ phase; this keeps their transition times, and what latches.
 
 from collections.abc import Iterable
 from datetime import datetime
+from typing import Literal
 
 from cptjob_api.conditions import PHASES, Condition, Phase, Reason
 from cptjob_api.status import ConditionStatus
@@ -56,7 +57,7 @@ def _condition(
     generation: int,
     now: datetime,
 ) -> ConditionStatus:
-    status = "True" if holds else "False"
+    status: Literal["True", "False"] = "True" if holds else "False"
     changed = old is None or old.status != status
     return ConditionStatus(
         type=kind,
