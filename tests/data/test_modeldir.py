@@ -291,7 +291,7 @@ def test_the_fingerprint_tells_models_apart(model: Path) -> None:
 
 
 def test_of_a_large_file_every_tensor_counts(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cptjob_trainer.modeldir._SMALL_FILE", 0)
+    monkeypatch.setattr("cptjob_trainer.model_weights._SMALL_FILE", 0)
     tensors = {f"t{number}": np.zeros(5000, np.float32) for number in range(5)}
     save_file(tensors, model / WEIGHTS)
     before = check_model(model).fingerprint

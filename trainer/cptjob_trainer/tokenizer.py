@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from cptjob_trainer import tokenizer_files, unfinished
 from cptjob_trainer.errors import DataError
+from cptjob_trainer.json_file import json_object
 
 
 @dataclass(frozen=True)
@@ -74,15 +75,7 @@ def load(model: Path, cache: Path) -> TokenizerInfo:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(tokenizer_files.read(path))
-    except ValueError as error:
-        raise DataError(f"{path}: broken JSON: {error}; copy it from the base model") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: not a JSON object; copy it from the base model")
-    return value
+    return json_object(path) if path.is_file() else {}
 
 
 def _load(path: Path) -> Tokenizer:
