@@ -3,9 +3,10 @@
 import asyncio
 import logging
 import os
+import signal
 import socket
 import uuid
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ class Operator:
         self.login = Login()
         self.metrics = Metrics()
         self.identity = own_identity()
+        self._stop = asyncio.Event()
         self.queue = Queue()
         self.cache = Cache(self.queue.add)
         self._plain = Api(self.login, manager=MANAGER, watch=self.metrics.called, connections=2)
@@ -90,7 +92,11 @@ class Operator:
         """Until the process is asked to end. Raises what no part can live without."""
         probes = Probes(self._sick, self._unready)
         serving = self.settings.serving
-        parts: list[Coroutine[Any, Any, None]] = [
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        parts: list[Coroutine[Any, Any, object]] = [
+            self._stop.wait(),
             serve(probes, self.metrics.text, serving.probe_port, serving.metrics_port),
             self._work(),
         ]
@@ -112,13 +118,19 @@ class Operator:
         )
 
     async def _watch(self) -> None:
+        ours = asyncio.all_tasks()
         namespaces = self.settings.watched_namespaces
-        await kopf.operator(
+        tasks = await kopf.spawn_tasks(
             registry=handlers.registry(self.cache, self.login, self.freshness),
             settings=handlers.settings(),
             clusterwide=not namespaces,
             namespaces=namespaces,
         )
+        # kopf's own way to end would wait some seconds for tasks that are not its own.
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        await kopf.run_tasks(tasks, ignored=ours)
 
     async def _act(self) -> None:
         """What only the leader does."""
@@ -188,7 +200,7 @@ def own_namespace() -> str:
         return os.environ.get("POD_NAMESPACE") or "default"
 
 
-async def _until_one_ends(parts: list[Coroutine[Any, Any, None]]) -> None:
+async def _until_one_ends(parts: Sequence[Coroutine[Any, Any, object]]) -> None:
     """Runs all; when one ends, or fails, the others are cancelled. Raises what it raised."""
     tasks = [asyncio.ensure_future(part) for part in parts]
     try:
