@@ -110,7 +110,7 @@ def test_the_largest_job_costs_a_small_part_of_the_budget(
         {
             "status": {"resolved": {"epochs": 3}},
             "spec.datasets": [each | {"weight": 1} for each in datasets],
-            "spec.validation.datasets": datasets,
+            "spec.validation.datasets": [each | {"name": f"v{each['name']}"} for each in datasets],
             "spec.trainer.numNodes": 500,
             "spec.scheduling": {
                 "mode": "Manual",
