@@ -62,6 +62,7 @@ class Reason(_Word):
     WAITING_FOR_NODE = "WaitingForNode", "A node that is named does not exist or is not ready."
     WAITING_FOR_POOL = "WaitingForPool", "The pool has too few nodes that fit."
     WAITING_FOR_QUOTA = "WaitingForQuota", "The namespace's quota does not allow all pods."
+    REFUSED = "Refused", "The API server refuses an object of the job; the message says why."
     QUEUED = "Queued", "A queue holds the workers back."
     UNSCHEDULABLE = "Unschedulable", "The scheduler finds no nodes for all workers."
     SCHEDULED = "Scheduled", "Every worker pod has a node."

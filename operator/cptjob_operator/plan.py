@@ -14,7 +14,7 @@ from cptjob_api.status import CPTJobStatus
 from cptjob_operator.endings import completion, deadline, finished, going, of_another
 from cptjob_operator.look import Look
 from cptjob_operator.observed import Observed
-from cptjob_operator.preparing import acceptance, preparation
+from cptjob_operator.preparing import acceptance, claims, preparation
 from cptjob_operator.recovering import backing_off, failures, giving_back
 from cptjob_operator.settings import Settings
 from cptjob_operator.starting import placing, running, starting
@@ -32,6 +32,7 @@ RULES: tuple[Rule, ...] = (
     completion,
     suspension,
     failures,
+    claims,
     preparation,
     giving_back,
     backing_off,

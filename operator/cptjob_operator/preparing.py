@@ -1,11 +1,12 @@
 """Rules until there is something to train on: acceptance and the coordinator. Pure."""
 
 from dataclasses import replace
+from datetime import timedelta
 
 from cptjob_api.conditions import Phase, Reason
 from cptjob_operator import accept, outcomes, pods, restarts, waiting
 from cptjob_operator.look import LOOK_AGAIN_SECONDS, Look
-from cptjob_operator.observed import Pod
+from cptjob_operator.observed import Claim, Pod
 from cptjob_operator.wanted import Event, Wanted
 
 
@@ -26,6 +27,36 @@ def acceptance(look: Look) -> Wanted | Look | None:
         observed=replace(look.observed, profile=answer.profile, config=answer.config),
         events=(*look.events, *told),
     )
+
+
+def claims(look: Look) -> Wanted | None:
+    """With several workers, each volume claim must be there and take several nodes."""
+    known = look.observed.claims
+    if known is None or look.ran:
+        return None
+    names = [each.claim for each in look.profile.mounts]
+    for name in names:
+        claim = known.get(name)
+        if claim is not None and not _shared(claim, written=name == look.profile.output_claim):
+            return look.fail(
+                Reason.CLAIM_NOT_SHARED,
+                f"volume claim {name} ({', '.join(claim.access_modes)}) cannot serve "
+                f"{look.gang.size} nodes; take one that is ReadWriteMany, or set "
+                "spec.trainer.numNodes to 1",
+            )
+    missing = [name for name in names if name not in known]
+    if not missing:
+        return None
+    message = (
+        f"volume claim {missing[0]} does not exist in namespace {look.job.metadata.namespace}; "
+        "make it and the job goes on"
+    )
+    return look.wait(Phase.PENDING, Reason.WAITING_FOR_CLAIM, message, LOOK_AGAIN_SECONDS)
+
+
+def _shared(claim: Claim, *, written: bool) -> bool:
+    modes = set(claim.access_modes)
+    return "ReadWriteMany" in modes or (not written and "ReadOnlyMany" in modes)
 
 
 def preparation(look: Look) -> Wanted | None:
@@ -68,15 +99,18 @@ def _make_coordinator(look: Look) -> Wanted:
         message = f"{last.message}; trying again at {due:%H:%M:%S}Z" if last else ""
         status = look.stand(Phase.RESTARTING, Reason.RESTARTING, message)
         return look.settle(Wanted(status=status, objects=look.missing_children(), again=due))
-    refused = look.observed.refused.get("Pod")
-    if refused is not None:
-        return look.wait(Phase.PENDING, Reason.WAITING_FOR_QUOTA, refused, LOOK_AGAIN_SECONDS)
     phase, reason = _on_the_way(look)
+    message = reason.sentence
+    refused = waiting.refusal(look.observed.refused)
+    if refused is not None:
+        phase = phase if look.ran else Phase.PENDING
+        reason, message = refused.reason, refused.message
     pod = pods.coordinator(look.job, look.profile, look.gang.coordinator_id)
     return look.settle(
         Wanted(
-            status=look.stand(phase, reason, reason.sentence),
+            status=look.stand(phase, reason, message),
             objects=(*look.missing_children(), pod),
+            again=look.now + timedelta(seconds=LOOK_AGAIN_SECONDS) if refused else None,
         )
     )
 

@@ -67,8 +67,9 @@ def giving_back(look: Look) -> Wanted | None:
     found = waiting.obstacle(late)
     last = look.status.last_failure
     times = last.repeated + 1 if last and last.reason == "NotStarted" else 1
-    refused = look.observed.refused.get("Pod") if gang.missing else None
-    why = refused or (found.message if found else f"{len(late)} of {gang.size} are not ready")
+    if gang.missing:
+        found = waiting.refusal(look.observed.refused) or found
+    why = found.message if found else f"{len(late)} of {gang.size} are not ready"
     message = f"not all workers started in time: {why}"
     retry = look.now + timedelta(
         seconds=restarts.backoff_seconds(times + 2, look.settings.timing.backoff, look.uid)

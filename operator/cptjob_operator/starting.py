@@ -62,8 +62,6 @@ def running(look: Look) -> Wanted | None:
 
 
 def _make_workers(look: Look, missing: Iterable[PodId]) -> tuple[dict[str, Any], ...]:
-    if "Pod" in look.observed.refused:
-        missing = ()
     excluded = [each for each in look.status.excluded_nodes if not _over(each.until, look.now)]
     soft = tuple(each.name for each in excluded if each.failures < 2)
     hard = tuple(each.name for each in excluded if each.failures >= 2)
@@ -80,10 +78,10 @@ def _before_running(look: Look) -> Phase:
 
 
 def _starting_status(look: Look, phase: Phase, late: list[Pod]) -> CPTJobStatus:
-    refused = look.observed.refused.get("Pod")
+    refused = waiting.refusal(look.observed.refused)
     found = waiting.obstacle(late)
     if refused is not None and look.gang.missing:
-        reason, message = Reason.WAITING_FOR_QUOTA, refused
+        reason, message = refused.reason, refused.message
     elif found is not None:
         reason, message = found.reason, found.message
     else:
@@ -114,7 +112,7 @@ def _explain(look: Look, message: str) -> str:
 def _look_again(look: Look) -> datetime | None:
     """When to look at workers that are not up yet."""
     due = start_due(look)
-    if "Pod" in look.observed.refused:
+    if look.observed.refused:
         soon = look.now + timedelta(seconds=LOOK_AGAIN_SECONDS)
         return min(soon, due) if due else soon
     return due

@@ -5,7 +5,7 @@ explain, over all pods, so that of eight pending workers the one with the plaine
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from cptjob_api.conditions import Reason
@@ -113,4 +113,18 @@ def obstacle(pods: Iterable[Pod]) -> Obstacle | None:
             found = rule(pod)
             if found is not None:
                 return found
+    return None
+
+
+def refusal(refused: Mapping[str, str]) -> Obstacle | None:
+    """What the API server did not let the job have: a quota, a policy, a name that is taken.
+
+    refused: its messages by kind of object.
+    """
+    for kind, message in refused.items():
+        quota = "exceeded quota" in message
+        return Obstacle(
+            Reason.WAITING_FOR_QUOTA if quota else Reason.REFUSED,
+            f"{kind} refused: {message}; it is tried again",
+        )
     return None

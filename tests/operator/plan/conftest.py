@@ -15,7 +15,17 @@ from cptjob_api.job import CPTJob
 from cptjob_api.status import CPTJobStatus
 from cptjob_operator import children
 from cptjob_operator.identity import PodId, Role
-from cptjob_operator.observed import Child, Disruption, Ended, Node, Observed, Pod, Report, Waiting
+from cptjob_operator.observed import (
+    Child,
+    Claim,
+    Disruption,
+    Ended,
+    Node,
+    Observed,
+    Pod,
+    Report,
+    Waiting,
+)
 from cptjob_operator.plan import plan
 from cptjob_operator.profile import Profile
 from cptjob_operator.settings import Settings
@@ -63,6 +73,7 @@ class World:
     nodes: dict[str, Node] = field(default_factory=dict)
     report: Report | None = None
     refused: dict[str, str] = field(default_factory=dict)
+    claims: dict[str, Claim] | None = None
     events: list[tuple[str, str]] = field(default_factory=list)
     made: list[PodId] = field(default_factory=list)
     writes: int = 0
@@ -93,6 +104,7 @@ class World:
             nodes=dict(self.nodes),
             report=self.report,
             refused=dict(self.refused),
+            claims=self.claims,
         )
 
     def plan(self) -> Wanted:
@@ -135,6 +147,8 @@ class World:
             if manifest["kind"] == "ConfigMap":
                 self.profile = Profile.from_json(manifest["data"]["profile.json"])
                 self.config = AcceptedConfig.from_json(manifest["data"]["config.json"])
+            return
+        if self.refused:
             return
         identity = PodId.of(manifest["metadata"]["labels"])
         assert identity is not None

@@ -7,6 +7,7 @@ import pytest
 
 from cptjob_api.conditions import Condition, Phase, Reason
 from cptjob_operator.identity import Role
+from cptjob_operator.observed import Claim
 
 MakeWorld = Callable[..., Any]
 
@@ -504,3 +505,34 @@ def test_workers_that_lost_the_coordinator_count_nothing_against_the_job(world: 
     job.take_away(job.pod(Role.COORDINATOR))
     job.settle()
     assert job.status.restarts_count_towards_max == 0
+
+
+class TestClaims:
+    def test_a_claim_for_one_node_is_refused_by_name_for_several(self, world: MakeWorld) -> None:
+        job = world()
+        job.claims = {
+            "models": Claim("models", ("ReadOnlyMany",)),
+            "data": Claim("data", ("ReadWriteOnce",)),
+            "results": Claim("results", ("ReadWriteMany",)),
+        }
+        job.settle()
+        assert job.condition(Condition.FAILED) == ("True", "ClaimNotShared")
+        assert "claim data (ReadWriteOnce)" in job.status.condition(Condition.FAILED).message
+
+    def test_a_claim_that_is_only_read_may_be_read_only(self, world: MakeWorld) -> None:
+        job = world()
+        job.claims = {
+            "models": Claim("models", ("ReadOnlyMany",)),
+            "data": Claim("data", ("ReadOnlyMany",)),
+            "results": Claim("results", ("ReadWriteMany",)),
+        }
+        job.train()
+
+    def test_a_claim_that_is_missing_is_waited_for(self, world: MakeWorld) -> None:
+        job = world()
+        shared = ("ReadWriteMany",)
+        job.claims = {name: Claim(name, shared) for name in ("models", "data")}
+        job.settle()
+        assert job.condition(Condition.READY) == ("False", "WaitingForClaim")
+        job.claims["results"] = Claim("results", shared)
+        job.train()
