@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cptjob_trainer import attention
+from cptjob_trainer import attention, isolation
 from cptjob_trainer.schedule import learning_rate
 
 PACKED = [
@@ -61,16 +61,16 @@ def test_two_packed_documents_give_the_logits_of_two_alone(
     model_type: str, model_dir: Callable[..., Path]
 ) -> None:
     lm = AutoModelForCausalLM.from_pretrained(model_dir(model_type), dtype=torch.float32).eval()
-    assert attention.settle(lm)
+    assert isolation.settle(lm)
     with torch.no_grad():
-        assert attention.leak(lm) < 1e-5
+        assert isolation.leak(lm) < 1e-5
 
 
 @pytest.mark.parametrize("model_type", [*PACKED, *LEAKING])
 def test_whether_documents_may_share_a_row_is_found_without_the_weights(
     model_type: str, model_dir: Callable[..., Path]
 ) -> None:
-    assert attention.packs(model_dir(model_type)) == (model_type in PACKED)
+    assert isolation.packs(model_dir(model_type)) == (model_type in PACKED)
 
 
 @pytest.mark.parametrize("model_type", ["mistral", "gemma3_text", *WINDOW_IN_THE_MASK])
@@ -85,8 +85,8 @@ def test_windows_longer_than_the_trial_documents_are_kept(
     positions = torch.arange(100).unsqueeze(0)
     with torch.no_grad():
         expected = lm(input_ids=ids, position_ids=positions, use_cache=False).logits
-        packs = attention.settle(lm)
-        ours = attention._logits(lm, ids, positions)
+        packs = isolation.settle(lm)
+        ours = isolation._logits(lm, ids, positions)
     assert packs
     assert (lm.config._attn_implementation == attention.NAME) == (
         model_type not in WINDOW_IN_THE_MASK

@@ -149,34 +149,37 @@ class Trainer:
     def _record(
         self, agreed: Agreed, step: Step, slots: int, seconds: float, data_wait: float
     ) -> None:
-        state, tokens = self.state, agreed.tokens_by_source
-        for name, count in tokens.items():
-            state.tokens_by_source[name] = state.tokens_by_source.get(name, 0) + count
-        step_tokens = sum(tokens.values())
-        state.step += 1
-        state.tokens += step_tokens
-        state.targets += step.targets
-        state.training_seconds += seconds + data_wait
-        if step.skipped:
-            state.skipped.append(state.step)
-            log.warning("step %d: gradients are not finite; its update was skipped", state.step)
+        self._count(agreed, step, seconds + data_wait)
+        tokens = sum(agreed.tokens_by_source.values())
         values: dict[str, Any] = {
             "loss": step.loss if math.isfinite(step.loss) else None,
             "learningRate": step.learning_rate,
             "gradNorm": step.grad_norm if math.isfinite(step.grad_norm) else None,
-            "tokens": step_tokens,
-            "tokensBySource": tokens,
-            "tokensPerSecond": step_tokens / max(seconds + data_wait, 1e-9),
+            "tokens": tokens,
+            "tokensBySource": agreed.tokens_by_source,
+            "tokensPerSecond": tokens / max(seconds + data_wait, 1e-9),
             "seconds": seconds,
             "dataWait": data_wait,
-            "padding": 1.0 - step_tokens / max(1, slots * self.runtime.world),
+            "padding": 1.0 - tokens / max(1, slots * self.runtime.world),
+            "mfu": self.reporter.mfu(tokens, seconds + data_wait),
         }
-        values["mfu"] = self.reporter.mfu(step_tokens, seconds + data_wait)
         if step.skipped:
             values["skipped"] = True
         if self.metrics is not None:
-            self.metrics.write(step=state.step, **values)
-        self.reporter.step(state, self.total_steps, values)
+            self.metrics.write(step=self.state.step, **values)
+        self.reporter.step(self.state, self.total_steps, values)
+
+    def _count(self, agreed: Agreed, step: Step, seconds: float) -> None:
+        state = self.state
+        for name, count in agreed.tokens_by_source.items():
+            state.tokens_by_source[name] = state.tokens_by_source.get(name, 0) + count
+            state.tokens += count
+        state.step += 1
+        state.targets += step.targets
+        state.training_seconds += seconds
+        if step.skipped:
+            state.skipped.append(state.step)
+            log.warning("step %d: gradients are not finite; its update was skipped", state.step)
 
     # --- evaluation ---------------------------------------------------------------------------
 

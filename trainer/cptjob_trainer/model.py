@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cptjob_trainer import attention, devices, dropout
+from cptjob_trainer import attention, devices, dropout_rates
 from cptjob_trainer.batch import Batch
 from cptjob_trainer.loss import (
     SoftmaxGradient,
@@ -47,7 +47,7 @@ class LossModel(nn.Module):
         # Whether batches must carry document borders, for `packed_attention`.
         self.documents = bool(lm.config._attn_implementation == attention.NAME)
         # Whether anything is dropped in training, so that dropout masks must be keyed.
-        self.dropping = dropout.active(lm, lm.config)
+        self.dropping = dropout_rates.active(lm, lm.config)
         lm.get_input_embeddings().register_forward_hook(_to_autocast_type)
 
     def forward(self, batch: Batch) -> torch.Tensor:

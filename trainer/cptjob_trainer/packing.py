@@ -30,7 +30,7 @@ def trial(
     """Gives a function that says whether documents share rows.
 
     What is known of the architecture lies in `directory`; `remember(path, answer)` puts it there.
-    `packs(model_dir)` answers in the place of attention.packs.
+    `packs(model_dir)` answers in the place of isolation.packs.
     """
     path = directory / f"packs-{_name(model.config)}.json"
     known = _known(path)
@@ -62,13 +62,13 @@ def _known(path: Path) -> bool | None:
 
 
 class _Trial:
-    """attention.packs(model) in a process of its own."""
+    """isolation.packs(model) in a process of its own."""
 
     _PROGRAM = (
         "import signal, sys; from cptjob_trainer import lifeline; "
         "lifeline.follow_parent(signal.SIGKILL) or sys.exit('its parent is gone'); "
-        "from pathlib import Path; from cptjob_trainer import attention; "
-        "print('packs', attention.packs(Path(sys.argv[1])))"
+        "from pathlib import Path; from cptjob_trainer import isolation; "
+        "print('packs', isolation.packs(Path(sys.argv[1])))"
     )
 
     def __init__(self, model: Path) -> None:

@@ -92,7 +92,7 @@ def prepare(
 
     `report(what, done, total)` is called with bytes as they are finished. Once `stop` returns True,
     Stopped is raised; a later call goes on from what is finished. `packs(model_dir)` says whether
-    documents may share a row; by default the architecture is tried (attention.packs). What was
+    documents may share a row; by default the architecture is tried (isolation.packs). What was
     prepared before is found again and returned at once.
     """
     model = _checked_model(config)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cptjob_trainer import attention, dropout
+from cptjob_trainer import attention, dropout, dropout_rates, isolation
 from cptjob_trainer.config import ResolvedTraining, TrainerConfig
 from cptjob_trainer.errors import ConfigError
 from cptjob_trainer.model import decoder_layers
@@ -31,7 +31,7 @@ def load(config: TrainerConfig, packed: bool) -> Any:
         trust_remote_code=False,
         use_safetensors=True,
     )
-    _choose_attention(lm, packed, dropout.active(lm, model_config))
+    _choose_attention(lm, packed, dropout_rates.active(lm, model_config))
     _adapt(lm, config.training, missing)
     return lm
 
@@ -58,8 +58,8 @@ def _model_config(config: TrainerConfig) -> tuple[Any, list[str]]:
     from transformers import AutoConfig
 
     model_config = AutoConfig.from_pretrained(Path(config.model.path), trust_remote_code=False)
-    dropout.check_reproducible(model_config)
-    return model_config, dropout.set_rates(model_config, _rates(config.training))
+    dropout_rates.check_reproducible(model_config)
+    return model_config, dropout_rates.set_rates(model_config, _rates(config.training))
 
 
 def _rates(training: ResolvedTraining) -> dict[str, float | None]:
@@ -76,14 +76,14 @@ def _adapt(lm: Any, training: ResolvedTraining, missing: list[str]) -> None:
         _add_adapters(lm, training)
     # After the adapters, so that what is dropped is the sum of both branches.
     layers = decoder_layers(lm)
-    dropout.inject(layers, _rates(training), missing)
+    dropout_rates.inject(layers, _rates(training), missing)
     dropout.mark_layers(layers)
     lm.config.use_cache = False
 
 
 def _choose_attention(lm: Any, packed: bool, dropping: bool) -> None:
     """The attention that keeps a row's documents apart; raises ConfigError when none does."""
-    if packed and not attention.settle(lm):
+    if packed and not isolation.settle(lm):
         raise ConfigError(
             "model: with these weights two documents in one row change each other's logits, though "
             "the architecture keeps them apart with random ones; it cannot be trained packed: "
