@@ -5,13 +5,13 @@ the operator needs nine requests of it.
 """
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import aiohttp
+from pydantic_core import from_json, to_json
 
 from cptjob_operator.api_errors import NotLeader, Unavailable, refused
 from cptjob_operator.kinds import Kind
@@ -186,7 +186,7 @@ class Api:
         if not self._may_write():
             self._watch(verb, kind.name, "NotLeader", 0.0)
             raise NotLeader("another operator leads", "NotLeader")
-        data = json.dumps(body, separators=(",", ":")).encode()
+        data = to_json(body)
         return await self._ask(
             method, verb, kind, path, data, {"Content-Type": content_type}, query
         )
@@ -216,7 +216,7 @@ class Api:
         if status >= 300:
             raise refused(status, body, answered)
         try:
-            document = json.loads(body)
+            document = from_json(body, cache_strings="keys")
         except ValueError as error:
             raise Unavailable(f"{path}: the answer is not JSON", status) from error
         if not isinstance(document, dict):

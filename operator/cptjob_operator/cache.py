@@ -4,11 +4,12 @@ Watch events, answers to our own writes and lists all come in here, in any order
 newest version wins. What a list no longer holds has gone, unless it is newer than the list.
 """
 
-import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+from pydantic_core import from_json
 
 from cptjob_operator import parse
 from cptjob_operator.children import PROFILE_FILE
@@ -23,12 +24,13 @@ _VANISHED = 2_000
 
 @dataclass(slots=True)
 class Job:
-    """A job as it was last seen. `raw` is its JSON; it is parsed when a pass looks at it."""
+    """A job as it was last seen, as JSON: it is parsed when a pass looks at it."""
 
     key: JobKey
     uid: str
     version: int
-    raw: bytes
+    generation: int
+    parts: parse.JobParts
     phase: str
     excluded: int
 
@@ -81,7 +83,8 @@ class Cache:
             key,
             uid,
             version,
-            parse.slim_job(body),
+            about.get("generation") or 0,
+            parse.job(body),
             str(status.get("phase") or ""),
             len(excluded) if isinstance(excluded, list) else 0,
         )
@@ -285,7 +288,7 @@ class Cache:
 
 def document(job: Job) -> dict[str, Any]:
     """The job as a document."""
-    value: dict[str, Any] = json.loads(job.raw)
+    value: dict[str, Any] = from_json(job.parts.whole)
     return value
 
 

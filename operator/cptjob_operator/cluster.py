@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -10,9 +11,9 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from cptjob_api.job import CPTJob
+from cptjob_api.job import CPTJob, ObjectMeta
 from cptjob_api.status import CPTJobStatus
 from cptjob_operator import cache, kinds, merge, parse
 from cptjob_operator.api import Api, Document
@@ -38,9 +39,11 @@ _AT_ONCE = 24
 #: A refused pod is not asked for again before this; then one is, and the others only after it.
 REFUSED_SECONDS = 14.0
 #: How long what is read beside the watches (claims, other pods' GPUs) is taken for true.
-_FRESH_SECONDS = 15.0
+_FRESH_SECONDS = 14.0
+_READ = 4096
 #: Jobs that are kept parsed: several passes of a job often see the same version of it.
-_PARSED = 128
+_PARSED = 256
+_STATUS: TypeAdapter[CPTJobStatus | None] = TypeAdapter(CPTJobStatus | None)
 
 T = TypeVar("T")
 
@@ -83,10 +86,11 @@ class Cluster:
     ) -> None:
         self._api, self._known, self._reports, self._recorder = api, known, reports, recorder
         self._status_seconds, self._reported, self._clock = status_seconds, reported, clock
-        self._parsed: OrderedDict[tuple[str, int], CPTJob] = OrderedDict()
+        self._parsed: OrderedDict[str, CPTJob] = OrderedDict()  # by uid
         self._held: dict[str, float] = {}  # uid of a job -> since when its counts wait
         self._refused: dict[str, dict[str, _Refusal]] = {}
-        self._read: OrderedDict[tuple[str, str, str], tuple[float, Any]] = OrderedDict()
+        self._read: OrderedDict[tuple[str, str, str], tuple[float, asyncio.Future[Any]]]
+        self._read = OrderedDict()
         self._may_list_pods = True
 
     # --- observe ---
@@ -116,16 +120,28 @@ class Cluster:
         )
 
     def _parse(self, entry: cache.Job) -> CPTJob:
-        place = entry.uid, entry.version
-        job = self._parsed.get(place)
-        if job is None:
-            try:
-                job = CPTJob.from_json(entry.raw)
-            except ValidationError as error:
-                raise Unreadable(cache.document(entry), error) from error
-            self._parsed[place] = job
-            if len(self._parsed) > _PARSED:
-                self._parsed.popitem(last=False)
+        known = self._parsed.get(entry.uid)
+        if known is not None and known.metadata.resource_version == str(entry.version):
+            return known
+        try:
+            if known is not None and known.metadata.generation == entry.generation:
+                # The spec is the one that was read and judged before.
+                job = known.model_copy(
+                    update={
+                        "metadata": ObjectMeta.from_json(entry.parts.metadata),
+                        "status": _STATUS.validate_json(
+                            entry.parts.status, by_alias=True, by_name=False
+                        ),
+                    }
+                )
+            else:
+                job = CPTJob.from_json(entry.parts.whole)
+        except ValidationError as error:
+            raise Unreadable(cache.document(entry), error) from error
+        self._parsed[entry.uid] = job
+        self._parsed.move_to_end(entry.uid)
+        if len(self._parsed) > _PARSED:
+            self._parsed.popitem(last=False)
         return job
 
     async def _claims(self, job: CPTJob, profile: Profile | None) -> Mapping[str, Claim] | None:
@@ -172,16 +188,15 @@ class Cluster:
         return used
 
     async def _fresh(self, what: tuple[str, str, str], read: Callable[[], Awaitable[T]]) -> T:
-        """The answer of `read`, or the one that it gave a moment ago."""
-        known = self._read.get(what)
-        if known is not None and self._clock() - known[0] < _FRESH_SECONDS:
-            value: T = known[1]
-            return value
-        value = await read()
-        self._read[what] = self._clock(), value
-        self._read.move_to_end(what)
-        if len(self._read) > 4096:
-            self._read.popitem(last=False)
+        """The answer of `read`, or the one that it gave a moment ago, or is about to give."""
+        since, known = self._read.get(what, (-math.inf, None))
+        if known is None or self._clock() - since >= _FRESH_SECONDS or _failed(known):
+            known = asyncio.ensure_future(read())
+            self._read[what] = self._clock(), known
+            self._read.move_to_end(what)
+            if len(self._read) > _READ:
+                self._read.popitem(last=False)
+        value: T = await asyncio.shield(known)
         return value
 
     # --- report ---
@@ -270,6 +285,7 @@ class Cluster:
 
     def forget(self, uid: str) -> None:
         """The job is gone."""
+        self._parsed.pop(uid, None)
         self._held.pop(uid, None)
         self._refused.pop(uid, None)
         self._reports.forget(uid)
@@ -373,6 +389,10 @@ class Cluster:
 
 def _key(job: CPTJob) -> JobKey:
     return JobKey(job.metadata.namespace or "", job.metadata.name)
+
+
+def _failed(answer: asyncio.Future[Any]) -> bool:
+    return answer.done() and (answer.cancelled() or answer.exception() is not None)
 
 
 def _foreign(kind: kinds.Kind, name: str) -> str:

@@ -133,8 +133,11 @@ def test_a_job_is_kept_without_what_nobody_reads() -> None:
         "managedFields": [{"manager": "kubectl"}],
         "annotations": {"kubectl.kubernetes.io/last-applied-configuration": "{}", "own": "yes"},
     }
-    kept = json.loads(parse.slim_job({"metadata": about, "spec": {"task": "CausalLM"}}))
+    kept = json.loads(parse.job({"metadata": about, "spec": {"task": "CausalLM"}}).whole)
     assert kept == {
+        "apiVersion": "training.cptjob.io/v1alpha1",
+        "kind": "CPTJob",
         "metadata": {"name": "a", "annotations": {"own": "yes"}},
         "spec": {"task": "CausalLM"},
+        "status": None,
     }
