@@ -19,7 +19,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup run test soak gpu bench fmt check generate lock
+.PHONY: help setup run test tools soak gpu bench fmt check generate lock
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ run: $(VENV)/.run $(VOLUMES)/models/smollm2-135m/config.json ## continue the pre
 
 test: setup $(VENV)/.dev ## run the tests (TESTS=tests/data narrows them)
 	$(bin)/python -m pytest $(TESTS)
+
+tools: $(VENV)/.dev ## build Kubernetes' own programs for the tests, once (make test does it too)
+	@$(bin)/python tests/cluster/testplane/binaries.py
 
 soak: setup $(VENV)/.dev ## run the long tests with full counts
 	$(bin)/python -m pytest -m soak $(TESTS)

@@ -1,0 +1,157 @@
+"""One control plane for the whole session, with the definition of CPTJob; a namespace per test."""
+
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kubernetes import client, watch
+
+from testplane import binaries
+from testplane.kubelet import Kubelet
+from testplane.nodes import Nodes
+from testplane.plane import ControlPlane
+
+ROOT = Path(__file__).parents[2]
+CRD = ROOT / "crds" / "training.cptjob.io_cptjobs.yaml"
+GROUP = {"group": "training.cptjob.io", "version": "v1alpha1", "plural": "cptjobs"}
+
+
+# Long enough for a loaded machine to renew the leases of its nodes, short enough to wait for.
+NODE_GRACE_SECONDS = 12
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # The client library's own use of urllib3.
+    config.addinivalue_line("filterwarnings", "ignore:HTTPResponse.getheader:DeprecationWarning")
+
+
+@pytest.fixture(scope="session", name="report")
+def make_report(pytestconfig: pytest.Config) -> binaries.Report:
+    """Prints at once, past pytest's capture: a build takes minutes."""
+    capture = pytestconfig.pluginmanager.getplugin("capturemanager")
+
+    def report(line: str) -> None:
+        with capture.global_and_fixture_disabled():
+            binaries.to_stderr(line)
+
+    return report
+
+
+@pytest.fixture(scope="session", name="plane")
+def start_plane(
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+    report: binaries.Report,
+) -> Iterator[ControlPlane]:
+    folder = tmp_path_factory.mktemp("plane")
+    failed_before = request.session.testsfailed
+    with ControlPlane(folder, node_grace_seconds=NODE_GRACE_SECONDS, report=report) as plane:
+        install_crd(plane)
+        yield plane
+    if request.session.testsfailed > failed_before:
+        report(f"\nlogs of the control plane: {folder}/*.log")
+    else:
+        shutil.rmtree(folder)
+
+
+def install_crd(plane: ControlPlane) -> None:
+    """Returns when jobs are served and kubectl can find their kind."""
+    plane.kubectl("create", "-f", str(CRD))
+    group = "/apis/training.cptjob.io/v1alpha1"
+    for path in (group, f"{group}/cptjobs"):
+        plane.wait(lambda path=path: plane.get(path)[0] == 200, f"{path} to be served")
+
+
+@pytest.fixture(scope="session", name="api")
+def make_api(plane: ControlPlane) -> Iterator[client.ApiClient]:
+    """A client with every right."""
+    with plane.api() as api:
+        yield api
+
+
+@pytest.fixture(name="core")
+def make_core(api: client.ApiClient) -> client.CoreV1Api:
+    return client.CoreV1Api(api)
+
+
+@pytest.fixture(name="namespace")
+def make_namespace(core: client.CoreV1Api) -> Iterator[str]:
+    """A namespace whose pods run by themselves once they have a node."""
+    yield from _namespace(core, "test")
+
+
+@pytest.fixture(name="manual_namespace")
+def make_manual_namespace(core: client.CoreV1Api) -> Iterator[str]:
+    """A namespace whose pods do only what `kubelet` makes them do."""
+    yield from _namespace(core, "manual")
+
+
+def _namespace(core: client.CoreV1Api, kind: str) -> Iterator[str]:
+    name = f"{kind}-{secrets.token_hex(4)}"
+    core.create_namespace({"metadata": {"name": name}})
+    # Pods are refused until the controller manager has made it.
+    _wait_for_account(core, name)
+    yield name
+    core.delete_namespace(name)
+    for pod in core.list_namespaced_pod(name).items:
+        core.delete_namespaced_pod(pod.metadata.name, name, grace_period_seconds=0)
+
+
+def _wait_for_account(core: client.CoreV1Api, namespace: str) -> None:
+    events = watch.Watch().stream(core.list_namespaced_service_account, namespace)
+    next(event for event in events if event["object"].metadata.name == "default")
+
+
+@pytest.fixture(name="nodes")
+def make_nodes(plane: ControlPlane, api: client.ApiClient) -> Iterator[Nodes]:
+    """`nodes.add(...)`: nodes for one test, and for no other test at the same time."""
+    nodes = Nodes(plane, api)
+    yield nodes
+    nodes.clear()
+
+
+@pytest.fixture(name="kubelet")
+def make_kubelet(api: client.ApiClient) -> Kubelet:
+    return Kubelet(api)
+
+
+class Jobs:
+    """CPTJobs of one namespace."""
+
+    def __init__(self, api: client.ApiClient, namespace: str) -> None:
+        self.namespace = namespace
+        self._api = client.CustomObjectsApi(api)
+        self._where = GROUP | {"namespace": namespace}
+
+    def create(self, job: dict[str, Any], *, dry_run: bool = False) -> dict[str, Any]:
+        more = {"dry_run": "All"} if dry_run else {}
+        created: dict[str, Any] = self._api.create_namespaced_custom_object(
+            body=job, **self._where, **more
+        )
+        return created
+
+    def get(self, name: str) -> dict[str, Any]:
+        found: dict[str, Any] = self._api.get_namespaced_custom_object(name=name, **self._where)
+        return found
+
+    def patch(self, name: str, change: dict[str, Any], *, dry_run: bool = False) -> dict[str, Any]:
+        """A merge patch."""
+        more = {"dry_run": "All"} if dry_run else {}
+        patched: dict[str, Any] = self._api.patch_namespaced_custom_object(
+            name=name, body=change, **self._where, **more
+        )
+        return patched
+
+    def patch_status(self, name: str, status: dict[str, Any]) -> dict[str, Any]:
+        patched: dict[str, Any] = self._api.patch_namespaced_custom_object_status(
+            name=name, body={"status": status}, **self._where
+        )
+        return patched
+
+
+@pytest.fixture(name="jobs")
+def make_jobs(api: client.ApiClient, namespace: str) -> Jobs:
+    return Jobs(api, namespace)
