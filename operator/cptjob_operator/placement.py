@@ -4,7 +4,7 @@ A node that is named by hand is reached by affinity too, never by `nodeName`: th
 checking resources, taints and volumes.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,6 +175,32 @@ def check(
         for name, faults in found
         if faults
     ] or [_too_few_left(len(named) - sound, num_nodes)]
+
+
+def affordable(
+    profile: Profile, num_nodes: int, nodes: Mapping[str, Node], excluded: Iterable[str]
+) -> tuple[str, ...]:
+    """Those of `excluded` that workers can do without, the first ones first.
+
+    Enough nodes are always left: a node that failed is better than none.
+    """
+    kept: list[str] = []
+    for name in excluded:
+        if _room(profile, nodes, {*kept, name}) >= num_nodes:
+            kept.append(name)
+    return tuple(kept)
+
+
+def _room(profile: Profile, nodes: Mapping[str, Node], without: Collection[str]) -> int:
+    """Workers that fit on the nodes that may be used, whoever uses their GPUs now."""
+    by_hand = profile.placement.mode == "Manual"
+    names = profile.placement.node_names if by_hand else nodes
+    sound = [
+        nodes[name]
+        for name in names
+        if name not in without and not _faults(profile, nodes.get(name), None)
+    ]
+    return len(sound) if by_hand else sum(_workers_on(profile, node, None) for node in sound)
 
 
 def _too_few_left(avoided: int, num_nodes: int) -> Problem:

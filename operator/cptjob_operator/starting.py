@@ -62,10 +62,16 @@ def running(look: Look) -> Wanted | None:
 
 
 def _make_workers(look: Look, missing: Iterable[PodId]) -> tuple[dict[str, Any], ...]:
-    excluded = [each for each in look.status.excluded_nodes if not _over(each.until, look.now)]
-    soft = tuple(each.name for each in excluded if each.failures < 2)
-    hard = tuple(each.name for each in excluded if each.failures >= 2)
+    soft, hard = _avoided(look)
     return tuple(pods.worker(look.job, look.profile, each, soft, hard) for each in missing)
+
+
+def _avoided(look: Look) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Nodes to avoid where possible, and at any price: never so many that too few are left."""
+    excluded = [each for each in look.status.excluded_nodes if not _over(each.until, look.now)]
+    twice = [each.name for each in excluded if each.failures >= 2]
+    hard = placement.affordable(look.profile, look.gang.size, look.observed.nodes, twice)
+    return tuple(each.name for each in excluded if each.name not in hard), hard
 
 
 def _over(until: datetime | None, now: datetime) -> bool:
@@ -104,7 +110,11 @@ def _starting_status(look: Look, phase: Phase, late: list[Pod]) -> CPTJobStatus:
 def _explain(look: Look, message: str) -> str:
     """What the scheduler says, and what the pool has."""
     problems = placement.check(
-        look.profile, look.gang.size, look.observed.nodes, look.observed.used_gpus
+        look.profile,
+        look.gang.size,
+        look.observed.nodes,
+        look.observed.used_gpus,
+        excluded=_avoided(look)[1],
     )
     return "; ".join([message, *(each.message for each in problems)])
 

@@ -154,6 +154,16 @@ def test_of_many_nodes_a_few_are_named(auto: Profile) -> None:
     assert "n07 and 12 more: is not ready" in problem.message
 
 
+def test_a_node_is_done_without_only_while_enough_are_left(manual: Profile, auto: Profile) -> None:
+    named = nodes(node("a", labels=BIG), node("b", labels=BIG))
+    assert placement.affordable(manual, 2, named, ["a"]) == ()
+    assert placement.affordable(manual, 1, named, ["b", "a"]) == ("b",)
+    pool = nodes(*(node(name, gpus=4) for name in "abc"), node("d", gpus=4, ready=False))
+    assert placement.affordable(auto, 2, pool, ["a", "b"]) == ("a",)
+    assert placement.affordable(auto, 3, pool, ["a"]) == ()
+    assert placement.affordable(auto, 3, pool, ["d", "gone"]) == ("d", "gone")
+
+
 # --- for the scheduler ----------------------------------------------------------------------------
 
 
