@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kubernetes import client, config, watch
+from kubernetes import client, config
 
 from testplane.plane import ControlPlane
 from testplane.proxy import FaultProxy
@@ -197,41 +197,20 @@ def test_a_write_can_be_held_until_its_client_is_dead(
     writer.kill()
     writer.communicate()
     assert maps(core, namespace) == ["map-1"]
-    with _changes(core, namespace) as arrived:
-        held.release()
-        assert arrived() == ("ADDED", "map-2")
+    watcher = Watcher(core, namespace, version_of(core, namespace))
+    held.release()
+    assert watcher.wait_for_event()["object"]["metadata"]["name"] == "map-2"
 
 
 # --- watches --------------------------------------------------------------------------------------
 
 
-class _changes:
-    """What happens to ConfigMaps from now on, one event a call; ends with the with statement."""
-
-    def __init__(self, core: client.CoreV1Api, namespace: str) -> None:
-        self._watch = watch.Watch()
-        version = core.list_namespaced_config_map(namespace).metadata.resource_version
-        self._events = self._watch.stream(
-            core.list_namespaced_config_map, namespace, resource_version=version
-        )
-
-    def __enter__(self) -> Callable[[], tuple[str, str]]:
-        return self._next
-
-    def _next(self) -> tuple[str, str]:
-        event: Any = next(self._events)
-        return event["type"], event["object"].metadata.name
-
-    def __exit__(self, *unused: object) -> None:
-        self._watch.stop()
-
-
 class Watcher:
-    """One raw watch on ConfigMaps in a thread, as an operator would have it."""
+    """One raw watch on ConfigMaps, read in a thread."""
 
-    def __init__(self, far: client.CoreV1Api, namespace: str, version: str) -> None:
+    def __init__(self, core: client.CoreV1Api, namespace: str, version: str) -> None:
         self.events: list[dict[str, Any]] = []
-        self._answer = far.list_namespaced_config_map(
+        self._answer = core.list_namespaced_config_map(
             namespace, watch=True, resource_version=version, _preload_content=False
         )
         self._thread = threading.Thread(target=self._read, daemon=True)
@@ -302,20 +281,25 @@ def test_a_watch_can_be_told_that_its_version_is_gone_once(
 
 
 def test_no_watch_comes_back_before_the_gap_is_over(
-    proxy: FaultProxy, far: client.CoreV1Api, core: client.CoreV1Api, namespace: str
+    proxy: FaultProxy,
+    plane: ControlPlane,
+    far: client.CoreV1Api,
+    core: client.CoreV1Api,
+    namespace: str,
 ) -> None:
     make_map(core, namespace, "one")
     version = version_of(core, namespace)
     first = Watcher(far, namespace, version)
+    back: list[Watcher] = []
+    thread = threading.Thread(target=lambda: back.append(Watcher(far, namespace, version)))
     with proxy.no_watches(expire=True):
         first.wait_for_end()
-        back = threading.Thread(target=lambda: seen.append(Watcher(far, namespace, version)))
-        seen: list[Watcher] = []
-        back.start()
+        thread.start()
+        plane.wait(lambda: len(proxy.calls) == 2, "the watch to be asked for again")
         core.delete_namespaced_config_map("one", namespace)
-        assert seen == []
-    back.join()
-    assert seen[0].wait_for_event()["object"]["code"] == 410
+        assert back == []
+    thread.join()
+    assert back[0].wait_for_event()["object"]["code"] == 410
 
 
 def test_a_client_that_is_gone_leaves_no_watch_behind(

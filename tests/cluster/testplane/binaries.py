@@ -190,7 +190,7 @@ def _name_by_go(path: str) -> str:
 def _go_build(group: Group, into: Path, report: Report) -> None:
     command = ["go", "build", *group.flags, "-o", f"{into}/", *group.programs.values()]
     environment = os.environ | {"CGO_ENABLED": "0", "GOFLAGS": "", "GOWORK": "off"}
-    log = into.with_suffix(".log")
+    log = into.with_name(f"{into.name}.log")
     started = time.monotonic()
     with log.open("w") as output:
         go = subprocess.Popen(

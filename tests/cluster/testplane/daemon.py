@@ -3,7 +3,7 @@
 import os
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cptjob_trainer.lifeline import signal_on_parent_death
@@ -19,8 +19,15 @@ class DaemonError(Exception):
 class Daemon:
     """One program. It may be started again after it was stopped; its log goes on."""
 
-    def __init__(self, name: str, command: Sequence[str], log: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.name = name
+        self.environment = environment
         self.command = list(command)
         self.log = log
         self._process: subprocess.Popen[bytes] | None = None
@@ -53,6 +60,7 @@ class Daemon:
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 self.command,
+                env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
