@@ -1,0 +1,295 @@
+"""The operator against the real API server: what it makes, what it leaves alone, what it survives."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kubernetes import client
+from running import RunningOperator
+
+from testplane.kubelet import Kubelet
+from testplane.plane import ControlPlane
+from testplane.proxy import FaultProxy
+
+Start = Callable[..., RunningOperator]
+OURS = "app.kubernetes.io/managed-by=cptjob-operator"
+
+
+class World:
+    """One namespace whose pods do only what the test makes them do, with its claims."""
+
+    def __init__(self, plane: ControlPlane, api: client.ApiClient, namespace: str) -> None:
+        self.plane, self.namespace = plane, namespace
+        self.core, self.custom = client.CoreV1Api(api), client.CustomObjectsApi(api)
+        self.kubelet = Kubelet(api)
+        self._kind = {"group": "training.cptjob.io", "version": "v1alpha1", "plural": "cptjobs"}
+        for name in ("models", "data", "results"):
+            claim = {
+                "accessModes": ["ReadWriteMany"],
+                "storageClassName": "",
+                "resources": {"requests": {"storage": "1Gi"}},
+            }
+            self.core.create_namespaced_persistent_volume_claim(
+                namespace, {"metadata": {"name": name}, "spec": claim}
+            )
+
+    def create(self, name: str, workers: int = 1) -> dict[str, Any]:
+        spec = {
+            "task": "CausalLM",
+            "model": {"storageUri": "pvc://models/tiny"},
+            "datasets": [{"name": "domain", "storageUri": "pvc://data/domain"}],
+            "output": {"storageUri": "pvc://results/runs"},
+            "trainer": {"numNodes": workers, "numProcPerNode": 1},
+        }
+        created: dict[str, Any] = self.custom.create_namespaced_custom_object(
+            **self._kind,
+            namespace=self.namespace,
+            body={
+                "apiVersion": "training.cptjob.io/v1alpha1",
+                "kind": "CPTJob",
+                "metadata": {"name": name},
+                "spec": spec,
+            },
+        )
+        return created
+
+    def job(self, name: str) -> dict[str, Any]:
+        found: dict[str, Any] = self.custom.get_namespaced_custom_object(
+            **self._kind, namespace=self.namespace, name=name
+        )
+        return found
+
+    def status(self, name: str) -> dict[str, Any]:
+        return dict(self.job(name).get("status") or {})
+
+    def condition(self, name: str, kind: str) -> dict[str, Any]:
+        conditions = self.status(name).get("conditions") or []
+        return next((each for each in conditions if each["type"] == kind), {})
+
+    def pods(self, role: str = "worker") -> list[Any]:
+        selector = f"{OURS},training.cptjob.io/role={role}"
+        return list(self.core.list_namespaced_pod(self.namespace, label_selector=selector).items)
+
+    def wait(self, happened: Callable[[], object], what: str) -> None:
+        self.plane.wait(happened, what)
+
+    def prepare(self, *names: str) -> None:
+        """The coordinators of these jobs are done with preparing."""
+        for name in names:
+            self.wait(lambda name=name: self._coordinator(name), f"the coordinator of {name}")
+            self.kubelet.run(self.namespace, self._coordinator(name)[0].metadata.name)
+
+    def _coordinator(self, name: str) -> list[Any]:
+        return [
+            pod
+            for pod in self.pods("coordinator")
+            if pod.metadata.labels["training.cptjob.io/job-name"] == name
+        ]
+
+
+@pytest.fixture(name="world")
+def make_world(plane: ControlPlane, api: client.ApiClient, manual_namespace: str) -> World:
+    return World(plane, api, manual_namespace)
+
+
+@pytest.fixture(name="start")
+def make_start(plane: ControlPlane, world: World, tmp_path: Path) -> Iterator[Start]:
+    """`start(identity=..., kubeconfig=...)` starts an operator; all are killed in the end."""
+    started: list[RunningOperator] = []
+
+    def start(**more: Any) -> RunningOperator:
+        started.append(RunningOperator(plane, tmp_path, world.namespace, **more))
+        return started[-1].start()
+
+    yield start
+    for each in started:
+        each.kill()
+
+
+@pytest.fixture(name="proxy")
+def start_proxy(plane: ControlPlane, tmp_path: Path) -> Iterator[FaultProxy]:
+    with FaultProxy(plane, tmp_path / "proxy") as proxy:
+        yield proxy
+
+
+def test_a_job_gets_its_children_and_its_workers_once_it_is_prepared(
+    world: World, start: Start
+) -> None:
+    operator = start().wait_leading()
+    uid = world.create("job", workers=3)["metadata"]["uid"]
+    world.wait(lambda: world.pods("coordinator"), "the coordinator")
+    assert world.pods() == []
+    world.prepare("job")
+    world.wait(lambda: len(world.pods()) == 3, "the workers")
+    owned = [
+        *world.core.list_namespaced_config_map(world.namespace, label_selector=OURS).items,
+        *world.core.list_namespaced_service(world.namespace, label_selector=OURS).items,
+        *world.pods(),
+        *world.pods("coordinator"),
+    ]
+    assert len(owned) == 6
+    assert {each.metadata.owner_references[0].uid for each in owned} == {uid}
+    for pod in world.pods():
+        world.kubelet.run(world.namespace, pod.metadata.name)
+    world.wait(lambda: world.status("job").get("phase") == "Running", "it to run")
+    assert operator.figures()['cptjob_jobs{phase="Running"}'] == 1
+
+
+def test_an_operator_that_is_started_anew_writes_nothing(
+    world: World, start: Start, proxy: FaultProxy
+) -> None:
+    operator = start(kubeconfig=proxy.kubeconfig()).wait_leading()
+    names = ("one", "two", "three")
+    for name in names:
+        world.create(name, workers=2)
+    world.prepare(*names)
+    world.wait(lambda: len(world.pods()) == 6, "the workers")
+    world.wait(lambda: _settled(proxy, operator), "the operator to settle")
+    operator.kill()
+    proxy.reset()
+    operator.start()
+    world.wait(lambda: operator.passes() >= len(names), "a pass over each job")
+    operator.wait_quiet()
+    assert [(call.method, call.resource) for call in proxy.writes] == []
+
+
+def _settled(proxy: FaultProxy, operator: RunningOperator) -> bool:
+    """Two looks, with passes between them, saw no write."""
+    before = len(proxy.writes)
+    operator.plane.wait(lambda: _seconds_apart(operator), "a moment")
+    return len(proxy.writes) == before
+
+
+def _seconds_apart(operator: RunningOperator) -> bool:
+    """The operator renewed its lease: a second or more went by in it."""
+    name = 'cptjob_api_calls_total{code="200",kind="Lease",verb="update"}'
+    first = operator.figures().get(name, 0)
+    operator.plane.wait(lambda: operator.figures().get(name, 0) >= first + 2, "two renewals")
+    return True
+
+
+def test_a_quota_for_some_pods_is_told_and_the_rest_follow_when_it_is_raised(
+    world: World, start: Start, proxy: FaultProxy
+) -> None:
+    start(kubeconfig=proxy.kubeconfig()).wait_leading()
+    quota = {"metadata": {"name": "few"}, "spec": {"hard": {"count/pods": "4"}}}
+    world.core.create_namespaced_resource_quota(world.namespace, quota)
+    world.wait(
+        lambda: world.core.read_namespaced_resource_quota("few", world.namespace).status.hard,
+        "the quota",
+    )
+    world.create("job", workers=8)
+    world.prepare("job")
+    world.wait(lambda: len(world.pods()) == 3, "three workers")
+    world.wait(
+        lambda: "exceeded quota" in world.condition("job", "Scheduled").get("message", ""),
+        "the quota to be told",
+    )
+    asked = [call for call in proxy.writes if (call.method, call.resource) == ("POST", "pods")]
+    refused = [call for call in asked if call.code == 403]
+    assert len(refused) <= 8, "those under way when the first one was refused, not all again"
+    world.core.patch_namespaced_resource_quota(
+        "few", world.namespace, {"spec": {"hard": {"count/pods": "20"}}}
+    )
+    world.wait(lambda: len(world.pods()) == 8, "the other workers")
+
+
+def test_what_belongs_to_others_is_not_touched(world: World, start: Start) -> None:
+    uid = world.create("job")["metadata"]["uid"]
+    name = f"job-{uid[:5]}"
+    world.core.create_namespaced_service(
+        world.namespace,
+        {"metadata": {"name": name}, "spec": {"ports": [{"port": 80}], "clusterIP": "None"}},
+    )
+    pod = {"containers": [{"name": "a", "image": "test.invalid/a"}]}
+    theirs = world.core.create_namespaced_pod(
+        world.namespace, {"metadata": {"name": f"{name}-0-c0-0"}, "spec": pod}
+    )
+    operator = start().wait_leading()
+    told = "does not belong to this job"
+    world.wait(lambda: told in str(world.status("job").get("conditions")), "it to be told")
+    operator.wait_quiet()
+    assert world.pods("coordinator") == []
+    service = world.core.read_namespaced_service(name, world.namespace)
+    assert service.metadata.owner_references is None
+    now = world.core.read_namespaced_pod(theirs.metadata.name, world.namespace)
+    assert (now.metadata.uid, now.metadata.labels) == (theirs.metadata.uid, None)
+    world.core.delete_namespaced_pod(theirs.metadata.name, world.namespace, grace_period_seconds=0)
+    world.wait(lambda: world.pods("coordinator"), "the job to go on")
+
+
+def test_a_frozen_leader_has_no_effect_when_it_thaws(
+    world: World, start: Start, proxy: FaultProxy
+) -> None:
+    first = start(identity="first", kubeconfig=proxy.kubeconfig()).wait_leading()
+    second = start(identity="second").wait_ready()
+    assert second.figure("cptjob_leader") == 0
+    first.freeze()
+    world.create("job")
+    second.wait_leading()
+    world.wait(lambda: world.pods("coordinator"), "the second one to act")
+    proxy.reset()
+    first.thaw()
+    world.create("other")
+    world.wait(lambda: len(world.pods("coordinator")) == 2, "the second one to act")
+    world.wait(lambda: first.figure("cptjob_leader") == 0, "the first one to see that it lost")
+    second.wait_quiet()
+    assert [(call.method, call.path) for call in proxy.writes] == []
+
+
+def test_an_operator_that_ends_hands_over_at_once(world: World, start: Start) -> None:
+    first = start(identity="first").wait_leading()
+    second = start(identity="second").wait_ready()
+    assert first.stop() == 0
+    second.wait_leading()
+    lease = client.CoordinationV1Api(world.core.api_client).read_namespaced_lease(
+        "cptjob-operator", world.namespace
+    )
+    assert lease.spec.holder_identity.startswith("second")
+
+
+def test_what_goes_while_no_watch_holds_is_noticed(
+    world: World, start: Start, proxy: FaultProxy
+) -> None:
+    start(kubeconfig=proxy.kubeconfig()).wait_leading()
+    world.create("job", workers=2)
+    world.prepare("job")
+    world.wait(lambda: len(world.pods()) == 2, "the workers")
+    for pod in world.pods():
+        world.kubelet.run(world.namespace, pod.metadata.name)
+    world.wait(lambda: world.status("job").get("phase") == "Running", "it to run")
+    world.wait(lambda: proxy.open_watches >= 3, "the watches")
+    gone = world.pods()[0].metadata.name
+    with proxy.no_watches(expire=True):
+        world.kubelet.finish(world.namespace, gone)
+    world.wait(lambda: len(world.pods()) == 2, "its replacement")
+    assert gone not in [pod.metadata.name for pod in world.pods()]
+
+
+def test_it_goes_on_when_the_api_server_is_back(
+    world: World, start: Start, plane: ControlPlane
+) -> None:
+    operator = start().wait_leading()
+    world.create("before")
+    world.wait(lambda: world.pods("coordinator"), "the coordinator")
+    with plane.apiserver_down():
+        plane.wait(lambda: operator.figure("cptjob_leader") == 0, "it to miss the lease")
+        assert operator.get("healthz")[0] == 200
+    world.create("after")
+    world.wait(lambda: len(world.pods("coordinator")) == 2, "it to go on")
+    assert operator.stop() == 0, "the same process all along"
+
+
+def test_nothing_is_left_of_a_deleted_job(world: World, start: Start) -> None:
+    operator = start().wait_leading()
+    world.create("job", workers=2)
+    world.prepare("job")
+    world.wait(lambda: len(world.pods()) == 2, "the workers")
+    world.custom.delete_namespaced_custom_object(
+        "training.cptjob.io", "v1alpha1", world.namespace, "cptjobs", "job"
+    )
+    world.wait(lambda: not world.pods() and not world.pods("coordinator"), "its pods to go")
+    world.wait(lambda: operator.figures()['cptjob_jobs{phase="Starting"}'] == 0, "to be forgotten")
+    operator.wait_quiet()
+    assert world.pods() == []
