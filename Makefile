@@ -19,7 +19,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup run test tools soak gpu bench fmt check generate lock
+.PHONY: help setup run test tools soak gpu bench fmt check generate manifests lock
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -62,6 +62,9 @@ generate: $(VENV)/.dev ## write the CRD, the field reference, the chart's values
 	$(bin)/python -m cptjob_api.generate
 	$(bin)/python charts/generate.py
 	$(bin)/python docs/tree.py
+
+manifests: $(VENV)/.dev ## render the chart into deploy/operator.yaml (builds helm once)
+	PYTHONPATH=tests/chart:tests/cluster $(bin)/python -m helmchart
 
 # ---- the environment: each file below says that its part is done ----
 

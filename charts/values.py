@@ -219,9 +219,13 @@ class Values(Strict):
     tolerations: tuple[Object, ...] = Field(
         default=(), description="Taints that the operator's pods tolerate."
     )
-    affinity: Object = Field(default={}, description="Affinity of the operator's pods.")
+    affinity: Object = Field(
+        default={},
+        description="Affinity of the operator's pods; empty keeps them in different zones where "
+        "that is possible.",
+    )
     topology_spread_constraints: tuple[Object, ...] = Field(
         default=(),
-        description="How the operators spread; empty spreads them over nodes and zones where that "
-        "is possible.",
+        description="How the operators spread; empty spreads them over nodes where that is "
+        "possible.",
     )

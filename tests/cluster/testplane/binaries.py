@@ -217,7 +217,7 @@ def main(names: list[str]) -> int:
         to_stderr(f"error: no such group: {', '.join(unknown)}; there are {', '.join(GROUPS)}")
         return 64
     try:
-        find(names or CONTROL_PLANE)
+        find(names or GROUPS)
     except ToolError as error:
         to_stderr(f"error: {error}")
         return 1
