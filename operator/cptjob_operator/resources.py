@@ -15,7 +15,8 @@ FIELD = "spec.trainer.resourcesPerNode"
 _STANDARD = ("cpu", "memory", "ephemeral-storage")
 _DOMAIN = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*"
 _EXTENDED = re.compile(rf"(?=.{{1,253}}/){_DOMAIN}/[A-Za-z0-9]([-A-Za-z0-9_.]{{0,61}}[A-Za-z0-9])?")
-_HUGE_PAGES = re.compile(r"hugepages-[0-9]+[KMG]i")
+_PAGES = "hugepages-"
+_HUGE_PAGES = re.compile(rf"{_PAGES}[1-9][0-9]*[KMG]i")
 
 
 def gpus(job: CPTJob, gpu: str, instance_gpus: Mapping[str, int]) -> int:
@@ -56,13 +57,16 @@ def faults(job: CPTJob) -> Iterator[str]:
                 )
             else:
                 yield from (f"{place}: {words}" for words in _wrong(name, quantity))
+    names = {*asked.limits, *asked.requests}
+    if not names & {"cpu", "memory"} and any(map(_HUGE_PAGES.fullmatch, names)):
+        yield f"{FIELD}: huge pages need a request or limit of cpu or memory beside them"
     for name, quantity in asked.requests.items():
         yield from (f"{FIELD}.{name}: {words}" for words in _unequal(name, quantity, asked.limits))
 
 
 def _is_counted(name: str) -> bool:
     """Devices and huge pages cannot be shared: what is requested is the limit."""
-    return "/" in name or name.startswith("hugepages-")
+    return "/" in name or name.startswith(_PAGES)
 
 
 def _is_known(name: str) -> bool:
@@ -82,6 +86,8 @@ def _wrong(name: str, quantity: str) -> Iterator[str]:
         yield f"{quantity} is below 0"
     elif _is_counted(name) and quantities.whole(quantity) is None:
         yield f"{quantity} is no whole number"
+    elif name.startswith(_PAGES) and number % (quantities.parse(name.removeprefix(_PAGES)) or 1):
+        yield f"{quantity} is no multiple of the page's size"
 
 
 def _unequal(name: str, quantity: str, limits: Mapping[str, str]) -> Iterator[str]:

@@ -127,6 +127,16 @@ REFUSED: list[tuple[dict[str, Any], Reason, str]] = [
         "a worker with 4000 GPUs is more than 1024 processes can use",
     ),
     (
+        {"spec.trainer.resourcesPerNode": {"limits": {"hugepages-2Mi": "4Mi"}}},
+        Reason.INVALID_SPEC,
+        "resourcesPerNode: huge pages need a request or limit of cpu or memory beside them",
+    ),
+    (
+        {"spec.trainer.resourcesPerNode": {"limits": {"hugepages-2Mi": "3Mi", "cpu": 1}}},
+        Reason.INVALID_SPEC,
+        "limits.hugepages-2Mi: 3Mi is no multiple of the page's size",
+    ),
+    (
         GPUS | {"spec.trainer.numProcPerNode": 8},
         Reason.INVALID_SPEC,
         "spec.trainer.numProcPerNode: 8 processes are more than the 4 GPUs of a worker",
