@@ -55,6 +55,7 @@ JOBS: dict[str, dict[str, Any]] = {
             "schedulerName": "other",
         },
         "metadata.labels": {"kueue.x-k8s.io/queue-name": "night"},
+        "metadata.annotations": {"training.cptjob.io/pod-group": "gang"},
     },
     "by hand": {
         "spec.scheduling": {"mode": "Manual", "nodeNames": ["a.b", "c"], "gpuTypes": ["a", "b"]},
@@ -96,6 +97,7 @@ def offer(api: client.ApiClient, manifest: dict[str, Any]) -> tuple[int, str]:
             header_params={"Content-Type": "application/json"},
             body=manifest,
             auth_settings=["BearerToken"],
+            response_types_map={},
         )
     except client.ApiException as error:
         return error.status, json.loads(error.body)["message"]
