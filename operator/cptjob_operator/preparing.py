@@ -74,7 +74,7 @@ def preparation(look: Look) -> Wanted | None:
     if pod is None:
         return _make_coordinator(look)
     if pod.ready:
-        return None
+        return _too_many_checkpoints(look)
     if gang.active_workers:
         return None  # workers wait for a new coordinator in their rendezvous
     found = waiting.obstacle([pod])
@@ -83,6 +83,15 @@ def preparation(look: Look) -> Wanted | None:
     phase, reason = _on_the_way(look)
     status = look.stand(phase, reason, _preparing_message(look))
     return look.settle(Wanted(status=status, objects=look.missing_children()))
+
+
+def _too_many_checkpoints(look: Look) -> Wanted | None:
+    """Known only now, with the number of steps."""
+    steps = look.status.resolved.total_steps if look.status.resolved else None
+    message = accept.too_many_checkpoints(look.spec.checkpoint, steps, look.settings)
+    if message is None or look.ran:
+        return None
+    return look.fail(Reason.LIMIT_EXCEEDED, message)
 
 
 def _on_the_way(look: Look) -> tuple[Phase, Reason]:

@@ -20,7 +20,14 @@ from cptjob_operator.observed import Report
 
 _MAX_METRICS = 64
 #: What only the model and the prepared data decide.
-_RESOLVED = ("maxLength", "batchSizePerDevice", "globalBatchSize", "totalSteps", "digest")
+_RESOLVED = (
+    "maxLength",
+    "batchSizePerDevice",
+    "globalBatchSize",
+    "warmupSteps",
+    "totalSteps",
+    "digest",
+)
 
 
 def read_report(status: CPTJobStatus, report: Report | None) -> CPTJobStatus:

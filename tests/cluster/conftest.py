@@ -1,8 +1,9 @@
 """One control plane for the whole session, with the definition of CPTJob; a namespace per test."""
 
+import contextlib
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,15 +81,25 @@ def make_core(api: client.ApiClient) -> client.CoreV1Api:
 @pytest.fixture(name="namespace")
 def make_namespace(core: client.CoreV1Api) -> Iterator[str]:
     """A namespace whose pods run by themselves once they have a node."""
-    yield from _namespace(core, "test")
+    with _namespace(core, "test") as name:
+        yield name
 
 
 @pytest.fixture(name="manual_namespace")
 def make_manual_namespace(core: client.CoreV1Api) -> Iterator[str]:
     """A namespace whose pods do only what `kubelet` makes them do."""
-    yield from _namespace(core, "manual")
+    with _namespace(core, "manual") as name:
+        yield name
 
 
+@pytest.fixture(name="new_namespace")
+def make_new_namespaces(core: client.CoreV1Api) -> Iterator[Callable[[], str]]:
+    """Makes another such namespace with each call."""
+    with contextlib.ExitStack() as made:
+        yield lambda: made.enter_context(_namespace(core, "manual"))
+
+
+@contextlib.contextmanager
 def _namespace(core: client.CoreV1Api, kind: str) -> Iterator[str]:
     name = f"{kind}-{secrets.token_hex(4)}"
     core.create_namespace({"metadata": {"name": name}})

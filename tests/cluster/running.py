@@ -83,6 +83,10 @@ class RunningOperator:
         assert self._process is not None
         return self._process.wait(timeout=120)
 
+    @property
+    def died(self) -> bool:
+        return self._process is not None and self._process.poll() is not None
+
     def freeze(self) -> None:
         self._signal(signal.SIGSTOP)
 
