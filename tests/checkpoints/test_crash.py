@@ -52,7 +52,7 @@ def test_a_rank_killed_in_a_save_leaves_the_earlier_checkpoint(lab: Any, point: 
     lab.train(2, keep_last=1)
     outcomes = lab.gloo(2, train, CPTJOB_FAILPOINT=point)
     assert signal.SIGKILL in [outcome.signal for outcome in outcomes]
-    assert "CheckpointError" in [outcome.error for outcome in outcomes]
+    assert "RankLostError" in [outcome.error for outcome in outcomes]
     assert lab.names()[0] == "step-2.1"
     assert [outcome.value for outcome in lab.gloo(2, train)] == [[3], [3]]
     assert lab.names() == ["step-3.3"]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cptjob_trainer import generations
-from cptjob_trainer.errors import ConfigError, OutputBusyError, OutputError
+from cptjob_trainer.errors import MismatchError, OutputBusyError, OutputError
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_what_is_not_ours_is_left_alone(lab: Any) -> None:
 
 def test_another_model_or_seed_is_refused_with_both_values(lab: Any) -> None:
     lab.train(1)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(MismatchError) as caught:
         lab.make(lineage={"model": "m2", "seed": 1}).open()
     message = str(caught.value)
     assert 'model is "m1" in the checkpoint and "m2" in this job' in message
@@ -61,7 +61,7 @@ def test_start_new_keeps_the_old_run_until_the_first_new_checkpoint(lab: Any) ->
     assert lab.make().open().step == 3
     assert lab.train(1, **other) == [1]
     assert lab.names() == ["step-1.4"]
-    with pytest.raises(ConfigError, match='model is "m2" in the checkpoint and "m1" in this job'):
+    with pytest.raises(MismatchError, match='model is "m2" in the checkpoint and "m1" in this job'):
         lab.make().open()
 
 

@@ -129,7 +129,7 @@ def test_another_lineage_is_refused_in_all_ranks(lab: Any) -> None:
         2, lambda rank: lab.make(rank=rank, world=2, lineage={"model": "m2", "seed": 0}).open()
     )
     assert outcomes[0] == outcomes[1]
-    assert outcomes[0].error == "ConfigError"
+    assert outcomes[0].error == "MismatchError"
 
 
 def test_one_broken_file_of_one_rank_is_seen_by_all(lab: Any) -> None:

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import cptjob_trainer
-from cptjob_trainer.errors import CheckpointError, ConfigError
+from cptjob_trainer import dcp_storage
+from cptjob_trainer.errors import CheckpointError, ConfigError, Stopped
 
 PACKAGE = Path(cptjob_trainer.__path__[0])
 
@@ -162,3 +163,18 @@ def test_the_code_uses_no_pickle(name: str) -> None:
     assert not {"torch.load", "torch.save"} & used
     assert not {"pickle", "dill", "cloudpickle", "shelve", "marshal"} & imported
     assert not any("object" in name for name in used if name.startswith("dist."))
+
+
+def test_a_stop_in_the_middle_of_loading_is_a_stop_and_no_broken_checkpoint(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab.train(1)
+    checkpoints = lab.make()
+    resume = checkpoints.open()
+
+    def told(*_: Any) -> None:
+        raise Stopped("stopped")
+
+    monkeypatch.setattr(dcp_storage, "_fill", told)
+    with pytest.raises(Stopped):
+        checkpoints.load(resume, lab.empty())

@@ -1,12 +1,13 @@
 """Termination messages: what each error becomes, and which of several explains the rest."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 
 from cptjob_trainer import termination
-from cptjob_trainer.errors import ConfigError, Stopped
+from cptjob_trainer.errors import ConfigError, RankLostError, Stopped
 from cptjob_trainer.termination import Termination
 
 
@@ -75,3 +76,20 @@ def test_the_root_cause_is_the_foreseen_or_the_killed_not_the_first() -> None:
     assert termination.root_cause([peer, killed, stop]) is killed
     assert termination.root_cause([stop, peer]) is peer
     assert termination.root_cause([]) is None
+
+
+def test_a_rank_that_lost_another_is_not_the_root_cause() -> None:
+    lost = termination.describe(RankLostError("rank 1 lost another rank"))
+    killed = termination.from_signal(9, 0)
+    assert lost.time < killed.time
+    assert termination.root_cause([lost, killed]) is killed
+
+
+def test_a_stop_that_was_asked_for_explains_the_ranks_that_lost_a_stopped_one() -> None:
+    stop = termination.describe(Stopped("stopped before a step was trained"))
+    lost = termination.describe(RankLostError("rank 1 lost another rank"))
+    peer = Termination(70, "RuntimeError", "connection closed", 1, time=0.0)
+    full = Termination(74, "StorageFullError", "no room", 1, time=time.time())
+    assert termination.root_cause([lost, peer, stop], stop_asked=True) is stop
+    assert termination.root_cause([lost, peer, stop]) is peer
+    assert termination.root_cause([stop, full], stop_asked=True) is full

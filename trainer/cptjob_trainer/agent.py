@@ -292,9 +292,8 @@ class Agent(SimpleElasticAgent):
         """Ends what still runs, finds the root cause, and decides whether a restart may help."""
         self._join(PEER_SECONDS)
         # Taken before the rest is killed: who must be killed did not fail by itself.
-        root = termination.root_cause(
-            end for worker in self._workers if (end := worker.termination())
-        )
+        ends = (end for worker in self._workers if (end := worker.termination()))
+        root = termination.root_cause(ends, stop_asked=self.stop_requested)
         self._end_workers(signal.SIGTERM, PEER_SECONDS)
         assert root is not None
         if self.stop_requested and root.exit_code == 128 + signal.SIGTERM:

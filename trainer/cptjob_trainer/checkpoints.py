@@ -32,6 +32,7 @@ from cptjob_trainer.disk import amount, create, is_full, sync_directory
 from cptjob_trainer.errors import (
     CheckpointError,
     ConfigError,
+    MismatchError,
     OutputBusyError,
     OutputError,
     StorageFullError,
@@ -70,7 +71,7 @@ class Checkpoints:
     When one rank fails, all raise the same error.
 
     `lineage` holds what must match to continue (model, data, seed, ...), as JSON values. With
-    `on_mismatch` "Refuse" another lineage is a ConfigError. With "StartNew" the run begins anew;
+    `on_mismatch` "Refuse" another lineage is a MismatchError. With "StartNew" the run begins anew;
     what is there stays until the first new checkpoint is complete, and is deleted then, also when
     `keep_last` is None, which otherwise keeps all, up to 5000.
     """
@@ -111,8 +112,8 @@ class Checkpoints:
         """Take over the run and find where to go on; None to begin at step 0.
 
         Reads and digests the newest checkpoint, and older ones while it is broken. `warnings` then
-        tells what was skipped and why. Raises ConfigError for another lineage, OutputBusyError when
-        another process takes over at this moment, OutputError when the folder cannot be used.
+        tells what was skipped and why. Raises MismatchError for another lineage, OutputBusyError
+        when another process takes over at this moment, OutputError when the folder cannot be used.
         """
         self.warnings, self._skipped = [], []
         found = self._ranks.once(self._survey)
@@ -146,10 +147,10 @@ class Checkpoints:
         }
 
     def _told_of(self, theirs: Stored, found: Scan) -> str:
-        """What happens as the folder is another run's; a ConfigError when nothing may."""
+        """What happens as the folder is another run's; a MismatchError when nothing may."""
         differs = mismatch(theirs, self._lineage)
         if self._on_mismatch == "Refuse":
-            raise ConfigError(
+            raise MismatchError(
                 f"{differs}. Restore the old value, give another output, or set "
                 "checkpoint.onMismatch: StartNew to begin anew"
             )

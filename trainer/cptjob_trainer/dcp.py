@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from cptjob_trainer.dcp_storage import SafetensorsReader, SafetensorsWriter
 from cptjob_trainer.disk import is_full
-from cptjob_trainer.errors import CheckpointError
+from cptjob_trainer.errors import CheckpointError, Stopped
 from cptjob_trainer.safetensors_file import DTYPES, TORCH_DTYPES, opened
 
 
@@ -131,6 +131,8 @@ def read(path: Path, manifest: dict[str, Any], state: dict[str, Any]) -> None:
     try:
         with _alone(), torch.no_grad():
             load(state, storage_reader=reader, planner=planner, no_dist=True)
+    except Stopped:
+        raise  # by a signal, in the middle of it
     except Exception as error:
         raise CheckpointError(f"cannot load {path}: {error}") from error
 

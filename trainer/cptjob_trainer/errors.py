@@ -8,8 +8,10 @@
     │   └── StorageFullError    74  the output's storage is full
     ├── CheckpointError         75  a checkpoint cannot be read or written
     ├── OutputBusyError         75  another job holds the output
+    ├── RankLostError           75  another process of the run is gone; it knows why
     ├── ConfigError             78  the configuration asks for what cannot be done
-    │   └── ManifestError       78  a manifest is broken; carries faults
+    │   ├── ManifestError       78  a manifest is broken; carries faults
+    │   └── MismatchError       78  the checkpoints belong to another run
     └── Stopped                143  a clean stop, after saving; not a failure
 
 The numbers are exit codes (sysexits.h where one fits). A message says what is wrong, where, and
@@ -115,6 +117,12 @@ class OutputBusyError(CPTJobError):
     exit_code = 75
 
 
+class RankLostError(CPTJobError):
+    """Another process of the run is gone. Why, that one says, or the signal that ended it."""
+
+    exit_code = 75
+
+
 class ConfigError(CPTJobError):
     """A configuration that is well formed and asks for what cannot be done."""
 
@@ -123,6 +131,12 @@ class ConfigError(CPTJobError):
 
 class ManifestError(FaultyError, ConfigError):
     """A manifest with faults, each with its line."""
+
+    exit_code = 78
+
+
+class MismatchError(ConfigError):
+    """The output holds checkpoints of another model, other data or other settings."""
 
     exit_code = 78
 

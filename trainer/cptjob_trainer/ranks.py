@@ -1,5 +1,4 @@
-"""What the ranks of one run tell each other beside tensors: JSON values and failures, never
-pickles.
+"""What the ranks of one run tell each other beside tensors: JSON values and failures, no pickles.
 
 torch's own object collectives pickle what they send. These send JSON as bytes, and they carry
 errors: when one rank fails, every rank raises the same error, and none is left waiting.
@@ -40,14 +39,18 @@ class Ranks:
         return self.rank == 0
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's `value` (JSON), in the order of ranks, on every rank."""
+        """Every rank's `value` (JSON), in the order of ranks, on every rank.
+
+        Raises RankLostError when one of them has gone.
+        """
         if self.world == 1:
             return [value]
         try:
             return self._exchange(json.dumps(value).encode())
         except RuntimeError as error:
-            raise errors.CheckpointError(
-                f"rank {self.rank} lost another rank while they agreed on a checkpoint: {error}"
+            raise errors.RankLostError(
+                f"rank {self.rank} lost another rank, whose own message or log says why; run the "
+                f"job again to continue ({str(error).strip().partition(chr(10))[0]})"
             ) from error
 
     def _exchange(self, content: bytes) -> list[Any]:

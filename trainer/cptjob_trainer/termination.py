@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cptjob_trainer.errors import CPTJobError, Stopped
+from cptjob_trainer.errors import CPTJobError, RankLostError, Stopped
 
 #: Where the message goes; Kubernetes' default path is used when it exists and this is not set.
 LOG_VARIABLE = "CPTJOB_TERMINATION_LOG"
@@ -31,6 +31,7 @@ MAX_MESSAGE_BYTES = 3000
 INTERNAL_ERROR = 70
 #: Exit code of a clean stop after saving.
 STOPPED = Stopped.exit_code
+_LOST = RankLostError.__name__
 
 
 @dataclass(frozen=True)
@@ -141,16 +142,26 @@ def read(path: Path) -> Termination | None:
         return None
 
 
-def root_cause(terminations: Iterable[Termination]) -> Termination | None:
+def root_cause(
+    terminations: Iterable[Termination], *, stop_asked: bool = False
+) -> Termination | None:
     """The one that explains the others.
 
-    A rank whose peer died fails with a broken connection, which nobody foresaw: a foreseen error
-    or a death by signal goes before it, and a clean stop explains nothing while there is a failure.
-    Among equals the earliest.
+    A rank whose peer died fails with a broken connection, by an error that says so or by one that
+    nobody foresaw: any other error or a death by signal goes before it. A clean stop explains
+    nothing while there is a failure, but where a stop was asked for it does explain broken
+    connections: a rank that does not yet listen ends at once. Among equals the earliest.
     """
 
     def order(termination: Termination) -> tuple[int, float]:
-        kind = {0: 3, STOPPED: 2, INTERNAL_ERROR: 1}.get(termination.exit_code, 0)
+        if termination.exit_code == 0:
+            kind = 4
+        elif termination.exit_code == STOPPED:
+            kind = 1 if stop_asked else 3
+        elif termination.exit_code == INTERNAL_ERROR or termination.reason == _LOST:
+            kind = 2
+        else:
+            kind = 0
         return kind, termination.time
 
     return min(terminations, key=order, default=None)
