@@ -193,24 +193,22 @@ def _read(file: Path) -> dict[str, Any] | None:
 def memory(config: TrainerConfig, shape: Shape, count: int) -> Memory:
     """Bytes on one of `count` devices while it trains.
 
-    Weights, gradients and AdamW's two moments are 32-bit numbers, split over the devices. A layer's
-    activations are 34 bytes a token and hidden unit in 16 bits (Korthikanti et al. 2022, without
-    attention scores, which are never kept), twice that in 32 bits; recomputed, only its input is.
+    Weights, gradients and moments are split over the devices.
     """
     training = config.training
-    trained = _trained(config, shape)
-    width = 4 if training.precision == "Float32" else 2
+    states = devices.state_bytes(shape.parameters, _trained(config, shape))
     tokens = training.batch_size_per_device * training.max_length
-    layer = 17 * width * tokens * shape.hidden
-    if training.activation_checkpointing == "Full":
-        activations = shape.layers * width * tokens * shape.hidden + layer
-    else:
-        activations = shape.layers * layer
     return Memory(
-        weights=4 * shape.parameters // count,
-        gradients=4 * trained // count,
-        optimizer=8 * trained // count,
-        activations=activations,
+        weights=states.weights // count,
+        gradients=states.gradients // count,
+        optimizer=states.optimizer // count,
+        activations=devices.activation_bytes(
+            tokens,
+            shape.hidden,
+            shape.layers,
+            item=4 if training.precision == "Float32" else 2,
+            recomputed=training.activation_checkpointing == "Full",
+        ),
         # Logits in 32 bits and their gradient.
         logits=min(2 * 4 * tokens * shape.vocabulary, LOGITS_BYTES),
     )
@@ -315,7 +313,7 @@ def _memory_lines(answer: Estimate, device: str | None) -> list[tuple[str, str]]
     total = _size(part.total)
     if device is not None:
         room = find_device(device).memory
-        fits = "fits" if part.total < 0.9 * room else "does NOT fit"
+        fits = "fits" if part.total < devices.USABLE * room else "does NOT fit"
         total += f", which {fits} in {_size(room)}"
     parts = [
         ("  weights", part.weights),

@@ -1,5 +1,7 @@
 """Around the step: evaluations when they are due, and stops that lose nothing."""
 
+import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ import pytest
 
 from cptjob_trainer.config import ValidationInput
 from cptjob_trainer.errors import Stopped
+from cptjob_trainer.evaluate import HeldOut
 from cptjob_trainer.metrics import MetricsLog, read_metrics
 from cptjob_trainer.optimizer import checkpoint_tensors
 from cptjob_trainer.state import LoopState
@@ -121,3 +124,16 @@ def test_a_stop_in_the_last_evaluation_leaves_only_that_to_do(
         run.run(after(STEPS))
     assert run.run().state.step == STEPS
     assert run.evaluations() == whole.evaluations()
+
+
+def test_a_held_out_loss_that_is_no_number_is_null_in_what_survives_a_restart(
+    attempts: Callable[..., Attempts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = attempts("run").run()
+    diverged = HeldOut({"Domain": math.nan}, {"law": 2.0}, 10)
+    monkeypatch.setattr(trainer.evaluator, "run", lambda *_: diverged)
+    trainer.metrics = None
+    trainer.evaluate(HeldOut({"Domain": 3.0}, {"law": 3.0}, 10))
+    kept = json.dumps(trainer.state.to_json(), allow_nan=False)
+    expected = {"heldout_domain_loss": None, "heldout_domain_loss_change": None, "heldout/law": 2.0}
+    assert LoopState.from_json(json.loads(kept)).heldout == expected

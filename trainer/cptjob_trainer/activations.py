@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from cptjob_trainer import devices
 from cptjob_trainer.config import TrainerConfig
 from cptjob_trainer.model import LossModel, decoder_layers
 from cptjob_trainer.runtime import Runtime
@@ -23,25 +24,24 @@ def checkpoint_where_needed(model: LossModel, config: TrainerConfig, runtime: Ru
 
 
 def _is_needed(model: LossModel, config: TrainerConfig, runtime: Runtime) -> bool:
-    """Whether weights, their gradients and moments, and all activations would not fit in memory.
+    """Whether all activations beside weights, gradients and moments would not fit in some rank.
 
-    Activations by arXiv 2205.05198, equation 2 without attention scores, which are never stored:
-    34 bytes a token, layer and unit of width in half precision, twice that in fp32.
+    Collective: ranks of two minds would ask for each other's weights at different moments.
     """
     training = config.training
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = model.parameter_count() - trained
-    states = (16 * trained + 4 * frozen) / runtime.world
-    tokens = training.batch_size_per_device * training.max_length
-    width = int(getattr(model.lm.config, "hidden_size", 0))
-    bytes_per_unit = 68 if runtime.dtype == torch.float32 else 34
-    activations = bytes_per_unit * tokens * width * len(decoder_layers(model.lm))
-    # A tenth is left to logits, buffers and fragmentation.
-    needed = states + activations > 0.9 * _memory(config, runtime.device)
+    states = devices.state_bytes(model.parameter_count(), trained).total / runtime.world
+    activations = devices.activation_bytes(
+        training.batch_size_per_device * training.max_length,
+        int(getattr(model.lm.config, "hidden_size", 0)),
+        len(decoder_layers(model.lm)),
+        runtime.dtype.itemsize,
+        recomputed=False,
+    )
+    whole = states + activations
+    needed = runtime.any(whole > devices.USABLE * _memory(config, runtime.device))
     if needed:
-        log.info(
-            "activation checkpointing: on, %.1f GB would not fit", (states + activations) / 1e9
-        )
+        log.info("activation checkpointing: on, %.1f GB would not fit", whole / 1e9)
     return needed
 
 

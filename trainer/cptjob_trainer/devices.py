@@ -1,6 +1,6 @@
-"""What accelerators can do and what training asks of them: peak speed, memory, FLOPs of a token.
+"""What accelerators can do and what training asks of them: speed and FLOPs, room and bytes.
 
-One table for the estimate before a run and for the utilisation during it. Standard library only.
+One home for the estimate before a run and for what the run decides by them. Standard library only.
 """
 
 import re
@@ -14,6 +14,9 @@ class Device:
     flops: float
     memory: int
 
+
+# Part of the memory that weights and activations may take; the rest is for buffers and gaps.
+USABLE = 0.9
 
 # A name that holds another stands before it.
 DEVICES = {
@@ -46,3 +49,32 @@ def flops_per_token(
     gradients of their own, which leaves 4 per parameter.
     """
     return (4.0 if frozen else 6.0) * parameters + 6.0 * layers * width * length
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes that training keeps from step to step, over all devices."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer
+
+
+def state_bytes(parameters: int, trained: int) -> StateBytes:
+    """32-bit weights, of the `trained` ones also gradients and AdamW's two moments."""
+    return StateBytes(4 * parameters, 4 * trained, 8 * trained)
+
+
+def activation_bytes(tokens: int, width: int, layers: int, item: int, recomputed: bool) -> int:
+    """Bytes of all activations of `tokens` on one device, in numbers of `item` bytes.
+
+    arXiv 2205.05198 (equation 2), without attention scores, which are never kept: a layer's are 34
+    bytes a token and unit of width in 16 bits, so 17 numbers. `recomputed`: of each layer its input
+    is kept, and of the one at hand all.
+    """
+    unit = item * tokens * width
+    return layers * unit + 17 * unit if recomputed else layers * 17 * unit

@@ -1,8 +1,8 @@
 """Held-out loss, for domain and general text, as numbers and as a difference to the base model."""
 
 import json
+import logging
 import math
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +11,13 @@ from typing import Any, cast
 import torch
 from torch.distributed.fsdp import FSDPModule
 
+from cptjob_trainer import unfinished
 from cptjob_trainer.batch import Batch, BatchShape, empty_row
+from cptjob_trainer.metrics import finite
 from cptjob_trainer.model import LossModel
 from cptjob_trainer.runtime import Runtime
+
+log = logging.getLogger(__name__)
 
 # Evaluation may cost this share of a run's time. A row costs a third of what it costs in training
 # (forward 1, backward 2), and a run has two evaluations at least.
@@ -120,20 +124,28 @@ def load_base(path: Path) -> tuple[HeldOut, float] | None:
     """The base model's held-out loss and the seconds it took, when an earlier run measured it."""
     try:
         value = json.loads(path.read_text())
-        return HeldOut(value["byRole"], value["bySource"], value["tokens"]), value["seconds"]
-    except (OSError, ValueError, KeyError, TypeError):
+        by_role, by_source = _losses(value["byRole"]), _losses(value["bySource"])
+        return HeldOut(by_role, by_source, value["tokens"]), value["seconds"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
+def _losses(values: dict[str, float | None]) -> dict[str, float]:
+    return {name: math.nan if value is None else value for name, value in values.items()}
+
+
 def save_base(path: Path, base: HeldOut, seconds: float) -> None:
-    """Keep it beside the prepared data, whole or not at all."""
+    """Keep it beside the prepared data, whole or not at all; without it the next run measures anew."""
     value = {
         "byRole": base.by_role,
         "bySource": base.by_source,
         "tokens": base.tokens,
         "seconds": seconds,
     }
-    # Several pods may share the prepared data, and all of them may be process 1.
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".base-", delete=False) as file:
-        json.dump(value, file)
-    Path(file.name).replace(path)
+    temporary = unfinished.path_in(path.parent)
+    try:
+        temporary.write_text(json.dumps(finite(value)) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        log.warning("%s: the base model's losses are not kept: %s", path, error.strerror)
+        temporary.unlink(missing_ok=True)

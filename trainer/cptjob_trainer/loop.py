@@ -15,7 +15,7 @@ from cptjob_trainer.checkpoints import Saved
 from cptjob_trainer.components import Components
 from cptjob_trainer.errors import Stopped
 from cptjob_trainer.evaluate import TIME_SHARE, HeldOut, Interrupted
-from cptjob_trainer.metrics import MetricsLog
+from cptjob_trainer.metrics import MetricsLog, finite
 from cptjob_trainer.model import trainable
 from cptjob_trainer.optimizer import clip_gradients, set_learning_rate
 from cptjob_trainer.schedule import default_warmup, learning_rate
@@ -116,7 +116,7 @@ class Trainer:
         # Only rank 0's clock decides on an evaluation: ranks of two minds would wait for ever.
         due = self.runtime.rank == 0 and self._evaluation_due()
         values = [rows.targets, int(self.stop_asked()), int(due), *counts]
-        targets, stops, evaluations, *tokens = self.runtime.sum(torch.tensor(values)).tolist()
+        targets, stops, evaluations, *tokens = self.runtime.counts(values)
         named = zip(self.source_names, tokens, strict=True)
         return Agreed(
             targets, stops > 0, evaluations > 0, {n: count for n, count in named if count}
@@ -213,7 +213,7 @@ class Trainer:
                 key = f"heldout_{role.lower()}_loss"
                 if key in values:
                     values[f"{key}_change"] = values[key] - loss
-        self.state.heldout = values
+        self.state.heldout = finite(values)
         if self.metrics is not None:
             self.metrics.write(step=self.state.step, evaluation=values)
         self.reporter.evaluation(values)

@@ -32,8 +32,9 @@ class MetricsLog:
             self._events = SummaryWriter(str(events), purge_step=step + 1)
 
     def _open(self, path: Path, step: int, evaluated: bool) -> None:
+        # One after the other: a long run has more of them than fit into memory as objects.
         lines = (line for line in read_metrics(path) if line["step"] <= step)
-        kept = [x for x in lines if evaluated or x["step"] < step or "evaluation" not in x]
+        kept = (x for x in lines if evaluated or x["step"] < step or "evaluation" not in x)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")
         with temporary.open("w") as file:

@@ -242,7 +242,7 @@ def _copy_files(base: Path, folder: Path) -> dict[str, FileDigest]:
         inside = len(name.parts) == 1 or top in _COPIED_FOLDERS
         if source.is_file() and inside and not _NOT_COPIED.fullmatch(name.name):
             copy = folder / name
-            copy.parent.mkdir(exist_ok=True)
+            copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, copy)
             sync_file(copy)
             files[str(name)] = file_digest(copy)

@@ -1,5 +1,6 @@
 """Where and how one process computes, and what it tells the others in numbers."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -41,9 +42,16 @@ class Runtime:
         dist.all_reduce(values)
         return values
 
+    def counts(self, values: Sequence[int]) -> list[int]:
+        """Whole numbers of the hosts, summed over all ranks; no device is waited for. Collective."""
+        summed = torch.tensor(values)
+        if self.world > 1:
+            dist.all_reduce(summed)
+        return [int(value) for value in summed.tolist()]
+
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set in any rank. Collective."""
-        return flag if self.world == 1 else bool(self.sum(torch.tensor([int(flag)])).item())
+        return flag if self.world == 1 else self.counts([int(flag)])[0] > 0
 
     def all(self, flag: bool) -> bool:
         """Whether `flag` is set in every rank. Collective."""

@@ -19,8 +19,8 @@ class LoopState:
     # Seconds spent in training steps and in evaluation.
     training_seconds: float = 0.0
     evaluation_seconds: float = 0.0
-    # Held-out losses of the last evaluation.
-    heldout: dict[str, float] = field(default_factory=dict)
+    # Held-out losses of the last evaluation; None where one is no finite number.
+    heldout: dict[str, float | None] = field(default_factory=dict)
     # A stop came into the evaluation that follows this step; it has to be made again.
     evaluation_pending: bool = False
 
