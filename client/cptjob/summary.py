@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cptjob_trainer import request
+from cptjob_trainer import advice, request
 from cptjob_trainer.config import TrainerConfig
 from cptjob_trainer.errors import CPTJobError
 
@@ -46,8 +46,14 @@ def _losses(manifest: dict[str, Any], role: str) -> str:
     reason = unknown.get(f"heldout_{role}_loss") or unknown.get(f"heldout_{role}_loss_base")
     name = f"Held-out loss, {role} text:"
     if not isinstance(after, int | float) or not isinstance(before, int | float):
-        return f"{name:<29}{reason or 'not measured'}"
+        return f"{name:<29}{reason or _not_measured(manifest, role.capitalize())}"
     return f"{name:<29}{before:.4f} before, {after:.4f} after ({after - before:+.4f})"
+
+
+def _not_measured(manifest: dict[str, Any], role: str) -> str:
+    sources = manifest.get("data", {}).get("sources", [])
+    why = advice.why_not_measured(role, {source.get("role") for source in sources})
+    return f"not measured; {why}"
 
 
 def _shown(path: Path) -> Path:

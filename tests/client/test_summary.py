@@ -67,4 +67,12 @@ def test_a_loss_that_is_no_number_is_told_with_its_reason(place: Path) -> None:
     (place / "out" / "manifest.json").write_text(json.dumps(value))
     said = _said(place)
     assert "domain text:  the loss is not a finite number\n" in said
-    assert "general text: not measured\n" in said
+    assert "general text: not measured; the job has no General data\n" in said
+
+
+def test_a_loss_of_which_nothing_is_held_out_says_what_to_do(place: Path) -> None:
+    (place / "out").mkdir()
+    value = {"metrics": {}, "data": {"sources": [{"name": "law", "role": "Domain"}]}}
+    (place / "out" / "manifest.json").write_text(json.dumps(value))
+    said = _said(place)
+    assert "not measured; nothing of it is held out: set validation.splitPercent above 0" in said

@@ -142,7 +142,8 @@ def test_without_any_held_out_data_the_page_says_that_nothing_is_measured(
     out = run.write()
     (out / "prepared" / "0123abcd" / "base-losses.json").unlink()
     found = page(write_report(out, {**run.manifest(), "metrics": {}}))
-    assert "Held-out loss, domain text\nnot measured\nnothing of it is held out" in found.text
+    why = "nothing of it is held out: set validation.splitPercent above 0"
+    assert f"Held-out loss, domain text\nnot measured\n{why}" in found.text
     assert PLOTS[1] not in found.titles
 
 

@@ -1,5 +1,8 @@
-"""What is worth a warning in a job's data: each rule gives one sentence or none."""
+"""What is worth a warning in a job's data: each rule gives one sentence or none. And why a held-out
+loss is missing. Standard library only.
+"""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 # Below so many domain tokens, a run of several epochs learns by heart.
@@ -63,9 +66,20 @@ def _nothing_held_out(counts: Counts) -> str | None:
     roles = " and ".join(counts.unmeasured)
     return (
         f"validation: nothing is held out of the {roles} text, so "
-        f"{' and '.join(shown[role] for role in counts.unmeasured)} will not be measured; set "
-        f"validation.splitPercent above 0, or give validation.datasets of role {roles}"
+        f"{' and '.join(shown[role] for role in counts.unmeasured)} will not be measured; "
+        f"{_hold_out(roles)}"
     )
+
+
+def _hold_out(roles: str) -> str:
+    return f"set validation.splitPercent above 0, or give validation.datasets of role {roles}"
+
+
+def why_not_measured(role: str, trained: Collection[str]) -> str:
+    """Why a complete run has no held-out loss of `role`. `trained`: the roles of its data."""
+    if role not in trained:
+        return f"the job has no {role} data"
+    return f"nothing of it is held out: {_hold_out(role)}"
 
 
 def _bad_lines(counts: Counts) -> str | None:

@@ -16,6 +16,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from cptjob_trainer import advice
 from cptjob_trainer.errors import MissingInputError, OutputError, StorageFullError
 from cptjob_trainer.plots import data_wait_share, plots, scientific, short
 from cptjob_trainer.record import ROLES, Column, Record, read_record
@@ -149,9 +150,10 @@ def _held_out_tile(record: Record, role: str) -> Tile:
 
 
 def _why_not_measured(record: Record, role: str) -> str:
-    if any(source.role == role for source in record.sources):
-        return "nothing of it is held out, or not evaluated yet"
-    return f"the job has no {role} data"
+    trained = {source.role for source in record.sources}
+    if record.state != "Complete" and role in trained:
+        return "not evaluated yet, or nothing of it is held out"
+    return advice.why_not_measured(role, trained)
 
 
 def _verdict(difference: float, role: str) -> str:
