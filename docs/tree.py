@@ -24,7 +24,7 @@ COLUMN = 30
 
 LINES = {
     ".ci": "what a change must pass",
-    ".ci/run": "set-up, `make check`, `make test`, each timed",
+    ".ci/run": "set-up, `make check`, `make tools`, `make test`, each timed",
     "CONTRIBUTING.md": "how to change this project",
     "LICENSE": "Apache-2.0",
     "Makefile": "every command; `make` alone lists them",
