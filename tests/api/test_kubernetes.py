@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from cptjob_api.generate import GENERATED
+from testplane import binaries
 
 pytestmark = pytest.mark.soak
 
@@ -28,7 +29,7 @@ def build_programs(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("programs")
     environment = os.environ | {"CGO_ENABLED": "0", "GOFLAGS": "-mod=readonly"}
     subprocess.run(
-        ["go", "build", "-o", str(folder), "./..."],
+        [binaries.find_go() or "go", "build", "-o", str(folder), "./..."],
         cwd=HERE / "kubernetes",
         env=environment,
         check=True,

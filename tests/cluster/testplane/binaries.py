@@ -165,17 +165,18 @@ def _locked(path: Path, busy: str, report: Report) -> Iterator[None]:
 
 def _build(group: Group, folder: Path, report: Report) -> None:
     names = ", ".join(group.programs)
-    if shutil.which("go") is None:
+    go = find_go()
+    if go is None:
         raise ToolError(
-            f"`go` is needed to build {names}: install Go 1.26 or newer (https://go.dev/dl), "
-            f"or let {ASSETS} name a folder that has them"
+            f"`go` is needed to build {names}: run `make tools`, install Go 1.26 or newer "
+            f"(https://go.dev/dl), or let {ASSETS} name a folder that has them"
         )
     report(f"building {names} {group.version} from Go modules, once for {folder}")
     started = time.monotonic()
     unfinished = folder.with_name(f".{folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
-    _go_build(group, unfinished, report)
+    _go_build(go, group, unfinished, report)
     for name, path in group.programs.items():
         (unfinished / _name_by_go(path)).rename(unfinished / name)
     unfinished.rename(folder)
@@ -187,24 +188,30 @@ def _name_by_go(path: str) -> str:
     return re.sub(r"/v\d+$", "", path).rpartition("/")[2]
 
 
-def _go_build(group: Group, into: Path, report: Report) -> None:
-    command = ["go", "build", *group.flags, "-o", f"{into}/", *group.programs.values()]
+def find_go() -> str | None:
+    """The Go that is installed, else the one that `make tools` puts beside this Python."""
+    beside = Path(sys.executable).parent
+    return shutil.which("go") or shutil.which("go", path=str(beside))
+
+
+def _go_build(go: str, group: Group, into: Path, report: Report) -> None:
+    command = [go, "build", *group.flags, "-o", f"{into}/", *group.programs.values()]
     environment = os.environ | {"CGO_ENABLED": "0", "GOFLAGS": "", "GOWORK": "off"}
     log = into.with_name(f"{into.name}.log")
     started = time.monotonic()
     with log.open("w") as output:
-        go = subprocess.Popen(
+        process = subprocess.Popen(
             command, cwd=group.folder, env=environment, stdout=output, stderr=subprocess.STDOUT
         )
         try:
             while True:
                 try:
-                    code = go.wait(PROGRESS_SECONDS)
+                    code = process.wait(PROGRESS_SECONDS)
                     break
                 except subprocess.TimeoutExpired:
                     report(f"  building {group.name}: {time.monotonic() - started:.0f} s so far")
         finally:
-            go.kill()
+            process.kill()
     if code != 0:
         last = "\n".join(log.read_text("utf-8", "replace").splitlines()[-15:])
         raise ToolError(f"building {group.name} {group.version} failed; `go build` said:\n{last}")
