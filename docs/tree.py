@@ -47,7 +47,7 @@ LINES = {
     "operator": "what runs once in a cluster",
     "operator/cptjob_operator": "the operator: observe, plan, apply",
     "pyproject.toml": "one project: extras, tools, who may import whom",
-    "requirements": "what is installed, locked with hashes: run, dev, bench, operator, assets, uv",
+    "requirements": "what is installed, locked with hashes: run, dev, bench, operator, assets, go, uv",
     "tests": "by subject",
     "tests/api": "types, manifests, generated files",
     "tests/chart": "the chart in helm's hands, on a real API server; GitOps judges",

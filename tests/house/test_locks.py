@@ -23,6 +23,7 @@ INPUTS = {
     "bench.txt": "build.in",
     "uv.txt": "uv.in",
     "assets.txt": "assets.in",
+    "go.txt": "go.in",
 }
 
 
