@@ -1,6 +1,8 @@
 """Broken checkpoints are named and passed over; the older one is used."""
 
+import errno
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -9,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from cptjob_trainer.errors import CheckpointError, ConfigError
+from cptjob_trainer.disk import file_digest
+from cptjob_trainer.errors import CheckpointError, ConfigError, OutputError
 
 RANK_FILE = "rank-00000.safetensors"
 
@@ -155,3 +158,50 @@ def test_an_unreadable_claim_stops_the_run(lab: Any) -> None:
     (lab.directory / "generation-1.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"generation-1\.json"):
         lab.make().open()
+
+
+@pytest.mark.parametrize("file", [RANK_FILE, "manifest.json"])
+@pytest.mark.parametrize("reason", [errno.ESTALE, errno.EACCES, errno.EMFILE])
+def test_a_checkpoint_that_cannot_be_read_at_the_moment_is_not_passed_over(
+    lab: Any, file: str, reason: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab.train(3, keep_last=1)
+    before = sorted(path.name for path in lab.directory.rglob("*"))
+
+    def fail(path: Path) -> None:
+        if path == lab.directory / "step-3.1" / file:
+            raise OSError(reason, os.strerror(reason))
+
+    def digest(path: Path) -> Any:
+        fail(path)
+        return file_digest(path)
+
+    def read(path: Path) -> bytes:
+        fail(path)
+        return open(path, "rb").read()
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cptjob_trainer.checkpoint_manifest.file_digest", digest)
+        patch.setattr(Path, "read_bytes", read)
+        with pytest.raises(OutputError, match=f"{file} cannot be read: .* and run again"):
+            lab.make(keep_last=1).open()
+    assert sorted(path.name for path in lab.directory.rglob("*")) == before
+    assert lab.make(keep_last=1).open().step == 3
+
+
+def test_a_directory_whose_manifest_cannot_be_looked_for_is_not_removed(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab.train(2)
+    look = os.stat
+
+    def stat(path: Any, **options: Any) -> os.stat_result:
+        if str(path).endswith("step-2.1/manifest.json"):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return look(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cptjob_trainer.checkpoint_manifest.os.stat", stat)
+        with pytest.raises(OutputError, match=r"step-2\.1/manifest\.json cannot be read: Stale"):
+            lab.make().open()
+    assert lab.make().open().step == 2

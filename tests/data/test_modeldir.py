@@ -128,6 +128,16 @@ REFUSED: dict[str, tuple[Change, type[CPTJobError], str]] = {
         DataError,
         "an adapter, not a model; merge it",
     ),
+    "an adapter beside the model": (
+        lambda m: (m / "adapter_config.json").write_text("{}"),
+        DataError,
+        "adapter_config.json: an adapter beside the model; merge it",
+    ),
+    "quantized": (
+        lambda m: set_config(m, quantization_config={"quant_method": "gptq"}),
+        DataError,
+        "config.json: the weights are quantized .*; name the model that they were made from",
+    ),
     "encrypted with age": (
         lambda m: (m / WEIGHTS).write_bytes(b"age-encryption.org/v1\n" + os.urandom(99)),
         DataError,

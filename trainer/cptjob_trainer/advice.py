@@ -1,5 +1,6 @@
-"""What is worth a warning in a job's data: each rule gives one sentence or none. And why a held-out
-loss is missing. Standard library only.
+"""What is worth a warning in a job's data, and why a held-out loss is missing.
+
+Each rule gives one sentence or none. Standard library only.
 """
 
 from collections.abc import Collection

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from cptjob_trainer import generations
-from cptjob_trainer.checkpoint_manifest import MANIFEST, read_manifest
+from cptjob_trainer.checkpoint_manifest import MANIFEST, is_complete, read_manifest
 from cptjob_trainer.disk import sync_directory
 from cptjob_trainer.errors import CheckpointError
 
@@ -108,13 +108,14 @@ def scan(directory: Path, known: dict[Path, Stored] | None = None) -> Scan:
     """Sort the checkpoints of `directory`, by manifests and claims alone.
 
     Manifests never change, so those in `known` are not read again; new ones are put there. Raises
-    CheckpointError for an unreadable claim, ConfigError for a manifest of a newer program.
+    CheckpointError for an unreadable claim, ConfigError for a manifest of a newer program,
+    OutputError for one that cannot be read at this moment.
     """
     known = {} if known is None else known
     found = Scan([], [], [])
     claimed = generations.claims(directory)
     for path in sorted(directory.iterdir()):
-        if not _DIRECTORY.fullmatch(path.name) or not (path / MANIFEST).exists():
+        if not _DIRECTORY.fullmatch(path.name) or not is_complete(path):
             continue
         try:
             stored = known[path] = known.get(path) or _stored(path)
@@ -142,7 +143,7 @@ def remove_incomplete(directory: Path, generation: int) -> list[Path]:
     removed = []
     for path in sorted(directory.iterdir()):
         match = _DIRECTORY.fullmatch(path.name)
-        if match and int(match[2]) < generation and not (path / MANIFEST).exists():
+        if match and int(match[2]) < generation and not is_complete(path):
             remove(path)
             removed.append(path)
         elif path.name.startswith(".generation-"):

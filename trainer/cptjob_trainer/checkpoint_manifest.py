@@ -4,6 +4,7 @@ It holds the loop's state, the lineage, and size and digest of every file, under
 own, so that a torn or edited one is told from a whole one.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -14,18 +15,49 @@ from pathlib import Path
 from typing import Any, Final
 
 from cptjob_trainer.disk import file_digest
-from cptjob_trainer.errors import CheckpointError, ConfigError
+from cptjob_trainer.errors import CheckpointError, ConfigError, OutputError
 
 MANIFEST: Final = "manifest.json"
 FORMAT: Final = "cptjob-checkpoint"
 VERSION: Final = 1
 
+# Errors that tell of a broken file. Any other (no permission, too many files open, a stale handle of
+# a network volume) tells of the moment: to pass over a whole checkpoint for it would throw work away.
+_BROKEN: Final = frozenset(
+    {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.EBADMSG, errno.EUCLEAN}
+)
+
+
+def is_complete(path: Path) -> bool:
+    """Whether directory `path` has a manifest. Raises OutputError when that cannot be told."""
+    try:
+        os.stat(path / MANIFEST)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        if error.errno not in _BROKEN:
+            raise _unreadable(path / MANIFEST, error) from error
+    return True
+
+
+def _unreadable(file: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"{file} cannot be read: {error.strerror}; that does not make the checkpoint broken: make it "
+        "readable and run again, or delete its directory to go on from an older one"
+    )
+
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of directory `path`, if whole; else a CheckpointError says what is wrong."""
+    """The manifest of directory `path`, if whole; else a CheckpointError says what is wrong.
+
+    Raises OutputError when it could not be read at this moment, ConfigError when it is of a newer
+    program.
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
     except OSError as error:
+        if error.errno not in _BROKEN:
+            raise _unreadable(path / MANIFEST, error) from error
         raise CheckpointError(f"{MANIFEST} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise CheckpointError(f"{MANIFEST} is not JSON: {error}") from error
@@ -47,7 +79,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def faults(path: Path, manifest: dict[str, Any], names: list[str] | None = None) -> list[str]:
-    """What is wrong with files of a checkpoint: missing, other size or digest; [] when whole."""
+    """What is wrong with files of a checkpoint: missing, other size or digest; [] when whole.
+
+    Raises OutputError when one could not be read at this moment.
+    """
     files = manifest["files"]
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
         reports = pool.map(
@@ -64,6 +99,8 @@ def _fault(path: Path, expected: dict[str, Any]) -> str | None:
         if file_digest(path).sha256 != expected["sha256"]:
             return f"{path.name} does not have the digest that the manifest states"
     except OSError as error:
+        if error.errno not in _BROKEN:
+            raise _unreadable(path, error) from error
         return f"{path.name} cannot be read: {error.strerror}"
     return None
 

@@ -42,6 +42,8 @@ def check_model(path: Path) -> ModelInfo:
     _refuse_encrypted(path, names)
     config = _config(path, names)
     _refuse_remote_code(path, config)
+    _refuse_adapter(path, names)
+    _refuse_quantized(path, config)
     architecture = _architecture(path, config)
     files = model_weights.files(path, names)
     headers = {file: model_weights.header(file) for file in files}
@@ -124,6 +126,23 @@ def _refuse_remote_code(path: Path, config: dict[str, Any]) -> None:
         raise DataError(
             f"{path / 'config.json'}: the model wants to run code of its own (auto_map), which is "
             "never done; use a model that transformers knows, and remove auto_map if this one is"
+        )
+
+
+def _refuse_adapter(path: Path, names: list[str]) -> None:
+    """transformers would load it into the model, which is then none that could be written again."""
+    if "adapter_config.json" in names:
+        raise DataError(
+            f"{path / 'adapter_config.json'}: an adapter beside the model; merge it into the model, "
+            "or move it away to train the model without it"
+        )
+
+
+def _refuse_quantized(path: Path, config: dict[str, Any]) -> None:
+    if config.get("quantization_config"):
+        raise DataError(
+            f"{path / 'config.json'}: the weights are quantized (quantization_config), and such "
+            "cannot be trained; name the model that they were made from"
         )
 
 
