@@ -12,13 +12,15 @@ _LITTLE_DATA = 100_000
 
 @dataclass(frozen=True)
 class Counts:
-    """What the rules look at. `rows` are drawn in all, `batch` of them a step. `unmeasured` are the
-    roles of the training data of which nothing is held out.
+    """What the rules look at. `rows` are drawn in all, `batch` of them a step. `never_drawn` are
+    the data sets of which no row is, `unmeasured` the roles of which nothing is held out.
     """
 
     packed: bool
     rows: int
     batch: int
+    steps: int
+    never_drawn: tuple[str, ...]
     epochs: int
     domain_tokens: int
     unmeasured: tuple[str, ...]
@@ -41,13 +43,21 @@ def _rows_of_one_document(counts: Counts) -> str | None:
 
 
 def _half_empty_last_step(counts: Counts) -> str | None:
-    steps = -(-counts.rows // counts.batch)
-    empty = steps * counts.batch - counts.rows
-    if empty <= steps * counts.batch / 10:
+    empty = counts.steps * counts.batch - counts.rows
+    if empty <= counts.steps * counts.batch / 10:
         return None
     return (
         f"training.globalBatchSize: the last step has {counts.batch - empty} rows of "
-        f"{counts.batch}, and there are only {steps} steps; a smaller batch wastes less"
+        f"{counts.batch}, and there are only {counts.steps} steps; a smaller batch wastes less"
+    )
+
+
+def _never_drawn(counts: Counts) -> str | None:
+    if not counts.never_drawn:
+        return None
+    return (
+        f"datasets: the share of {', '.join(counts.never_drawn)} is less than one row, so nothing "
+        "of it is trained on; raise its weight or the epochs, or remove it"
     )
 
 
@@ -90,6 +100,7 @@ def _bad_lines(counts: Counts) -> str | None:
 _RULES = (
     _rows_of_one_document,
     _half_empty_last_step,
+    _never_drawn,
     _little_to_learn_from,
     _nothing_held_out,
     _bad_lines,

@@ -286,19 +286,12 @@ def _described(
         Share(entry["name"], entry["role"] == "General", entry["rows"], entry["weight"])
         for entry in sources
     ]
-    quotas = shares.quotas(given, training.epochs)
-    total = sum(quotas)
-    counts = advice.Counts(
-        packed=made.layout.packed,
-        rows=total,
-        batch=training.global_batch_size,
-        epochs=training.epochs,
-        domain_tokens=sum(entry["tokens"] for entry in sources if entry["role"] == "Domain"),
-        unmeasured=tuple(
-            sorted({entry["role"] for entry in sources} - {entry["role"] for entry in heldout})
-        ),
-        bad_lines=faults.bad_lines,
+    quotas = dict(
+        zip((share.name for share in given), shares.quotas(given, training.epochs), strict=True)
     )
+    total = sum(quotas.values())
+    steps = shares.steps(total, training.global_batch_size, training.max_steps)
+    counts = _counts(made, sources, heldout, quotas, steps)
     return {
         "version": prepared.VERSION,
         "request": made.wanted,
@@ -310,15 +303,37 @@ def _described(
         "padId": made.info.pad_id,
         "vocabSize": made.model.vocab_size or made.info.size,
         "dtype": made.info.dtype,
-        "quotas": list(quotas),
+        "quotas": list(quotas.values()),
         "totalRows": total,
-        "totalSteps": shares.steps(total, training.global_batch_size, training.max_steps),
+        "totalSteps": steps,
         "sources": sources,
         "heldout": heldout,
         "warnings": [*made.warnings, *advice.warnings(counts)],
         "badLineCount": faults.bad_lines,
         "badLines": [astuple(fault) for fault in faults.lines],
     }
+
+
+def _counts(
+    made: _Made,
+    sources: list[dict[str, Any]],
+    heldout: list[dict[str, Any]],
+    quotas: dict[str, int],
+    steps: int,
+) -> advice.Counts:
+    training = made.config.training
+    roles, measured = ({entry["role"] for entry in entries} for entries in (sources, heldout))
+    return advice.Counts(
+        packed=made.layout.packed,
+        rows=sum(quotas.values()),
+        batch=training.global_batch_size,
+        steps=steps,
+        never_drawn=tuple(name for name, quota in quotas.items() if quota == 0),
+        epochs=training.epochs,
+        domain_tokens=sum(entry["tokens"] for entry in sources if entry["role"] == "Domain"),
+        unmeasured=tuple(sorted(roles - measured)),
+        bad_lines=made.corpus.faults.bad_lines,
+    )
 
 
 # -- writing ---------------------------------------------------------------------------------------
