@@ -1,0 +1,179 @@
+"""A pass that cannot be done as usual: what is told, and that others go on."""
+
+import json
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from cptjob_api.job import CPTJob
+from cptjob_operator.cache import Cache
+from cptjob_operator.cluster import Cluster
+from cptjob_operator.events import Recorder
+from cptjob_operator.identity import JobKey
+from cptjob_operator.metrics import Metrics
+from cptjob_operator.observed import Observed
+from cptjob_operator.progress import Reports
+from cptjob_operator.reconciler import Plan, Reconciler
+from cptjob_operator.settings import Settings
+from cptjob_operator.wanted import Wanted
+from job_cases import sound_job
+
+Test = Callable[[Callable[[Any], Awaitable[None]]], None]
+Document = dict[str, Any]
+KEY = JobKey("team", "job")
+NOW = datetime(2026, 1, 31, 12, tzinfo=UTC)
+
+
+def sound_body(version: int = 1, **status: Any) -> Document:
+    body = sound_job({"spec.output.storageUri": "pvc://results/runs"})
+    about = {"name": "job", "namespace": "team", "uid": "uid", "generation": 1}
+    body["metadata"] = about | {"resourceVersion": str(version)}
+    return json.loads(json.dumps(body | {"status": status}))  # type: ignore[no-any-return]
+
+
+class Bench:
+    """A reconciler whose requests go to `server`, and what it has written there."""
+
+    def __init__(self, server: Any, plan: Plan) -> None:
+        self.patches: list[Document] = []
+        self.code = 200
+        self.answered: Document = {}
+        server.answer = self._answer
+        self.api = server.api()
+        self.cache = Cache()
+        recorder = Recorder(self.api, "test")
+        self.metrics = Metrics()
+        cluster = Cluster(self.api, self.cache, Reports(), recorder)
+        self.reconciler = Reconciler(cluster, plan, Settings(), self.metrics, now=lambda: NOW)
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
+        if request.method == "PATCH":
+            self.patches.append(await request.json())
+            return web.json_response(self.answered, status=self.code)
+        return web.json_response(self.answered)
+
+    def outcomes(self) -> set[str]:
+        samples = next(iter(self.metrics.passes.collect())).samples
+        return {each.labels["outcome"] for each in samples if each.name.endswith("_count")}
+
+
+def never(job: CPTJob, observed: Observed, settings: Settings, now: datetime) -> Wanted:
+    raise AssertionError("a job that cannot be read is not planned")
+
+
+def test_a_job_that_cannot_be_read_is_told_so_once(with_server: Test) -> None:
+    async def test(server: Any) -> None:
+        bench = Bench(server, never)
+        body = sound_body()
+        body["spec"]["training"] = {"epoochs": 3}
+        bench.cache.put_job(body)
+        bench.answered = body
+        assert await bench.reconciler.reconcile(KEY) is None
+        (patch,) = bench.patches
+        told = {each["type"]: each for each in patch["status"]["conditions"]}
+        assert (told["Stalled"]["status"], told["Stalled"]["reason"]) == ("True", "InvalidSpec")
+        assert told["Ready"]["status"] == "False"
+        assert "epoochs" in told["Stalled"]["message"]
+        assert patch["metadata"] == {"resourceVersion": "1", "uid": "uid"}
+        body["metadata"]["resourceVersion"] = "2"
+        body["status"] = patch["status"]
+        bench.cache.put_job(body)
+        await bench.reconciler.reconcile(KEY)
+        assert len(bench.patches) == 1
+        await bench.api.close()
+
+    with_server(test)
+
+
+def test_a_job_of_another_manager_is_left_alone_even_when_it_cannot_be_read(
+    with_server: Test,
+) -> None:
+    async def test(server: Any) -> None:
+        bench = Bench(server, never)
+        body = sound_body()
+        body["spec"] |= {"managedBy": "example.com/other", "unheardOf": 1}
+        bench.cache.put_job(body)
+        await bench.reconciler.reconcile(KEY)
+        assert server.requests == []
+        await bench.api.close()
+
+    with_server(test)
+
+
+def test_a_fault_of_the_plan_is_counted_and_backed_off_from(with_server: Test) -> None:
+    def broken(job: CPTJob, observed: Observed, settings: Settings, now: datetime) -> Wanted:
+        raise ZeroDivisionError
+
+    async def test(server: Any) -> None:
+        bench = Bench(server, broken)
+        bench.cache.put_job(sound_body())
+        with pytest.raises(ZeroDivisionError):
+            await bench.reconciler.reconcile(KEY)
+        assert bench.outcomes() == {"error"}
+        assert server.requests == []
+        await bench.api.close()
+
+    with_server(test)
+
+
+def test_a_job_that_changed_meanwhile_is_read_again_and_looked_at_soon(with_server: Test) -> None:
+    def start(job: CPTJob, observed: Observed, settings: Settings, now: datetime) -> Wanted:
+        assert job.status is not None
+        return Wanted(status=job.status.model_copy(update={"attempt": 1}))
+
+    async def test(server: Any) -> None:
+        bench = Bench(server, start)
+        bench.cache.put_job(sound_body(1))
+        bench.code, bench.answered = 409, sound_body(7)
+        again = await bench.reconciler.reconcile(KEY)
+        assert again is not None
+        assert again < 0.1
+        assert bench.cache.jobs[KEY].version == 7
+        assert bench.outcomes() == {"stale"}
+        await bench.api.close()
+
+    with_server(test)
+
+
+def test_only_what_differs_is_written_and_nothing_when_nothing_does(with_server: Test) -> None:
+    def same(job: CPTJob, observed: Observed, settings: Settings, now: datetime) -> Wanted:
+        assert job.status is not None
+        return Wanted(status=job.status.model_copy(update={"attempt": 2}))
+
+    async def test(server: Any) -> None:
+        bench = Bench(server, same)
+        known = {
+            "observedGeneration": 1, "attempt": 1, "restarts": 0, "replicas": 0,
+            "restartsCountTowardsMax": 0, "activeSeconds": 0, "nodeSeconds": 0,
+            "gpuSeconds": 0, "lostGpuSeconds": 0, "conditions": [], "incarnations": [],
+            "nodes": [], "excludedNodes": [],
+        }
+        bench.cache.put_job(sound_body(1, **known))
+        bench.answered = sound_body(2, **known | {"attempt": 2})
+        await bench.reconciler.reconcile(KEY)
+        assert [each["status"] for each in bench.patches] == [{"attempt": 2}]
+        assert await bench.reconciler.reconcile(KEY) is None
+        assert len(bench.patches) == 1
+        await bench.api.close()
+
+    with_server(test)
+
+
+def test_counts_wait_for_others_before_they_are_written(with_server: Test) -> None:
+    def count(job: CPTJob, observed: Observed, settings: Settings, now: datetime) -> Wanted:
+        assert job.status is not None
+        return Wanted(status=job.status.model_copy(update={"replicas": 3}), urgent=False)
+
+    async def test(server: Any) -> None:
+        bench = Bench(server, count)
+        bench.cache.put_job(sound_body(1))
+        again = await bench.reconciler.reconcile(KEY)
+        assert again is not None
+        assert 0.0 < again <= 1.0
+        assert bench.patches == []
+        await bench.api.close()
+
+    with_server(test)
