@@ -87,6 +87,10 @@ class RunningOperator:
     def died(self) -> bool:
         return self._process is not None and self._process.poll() is not None
 
+    @property
+    def ended(self) -> bool:
+        return self._process is None or self._process.poll() is not None
+
     def freeze(self) -> None:
         self._signal(signal.SIGSTOP)
 
