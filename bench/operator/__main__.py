@@ -1,0 +1,124 @@
+"""Speed and memory of the operator on a real control plane, against plain Indexed Jobs.
+
+Every figure of a CPTJob stands beside that of a plain `batch/v1` Job with as many pods, taken in turn
+with it on the same control plane. The bench plays the kubelet of all pods of these jobs; only the
+fleet that memory is measured with runs by itself.
+"""
+
+import argparse
+import asyncio
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tests" / "cluster")]
+
+import measures  # noqa: E402
+import report  # noqa: E402
+import results  # noqa: E402
+import stage as stages  # noqa: E402
+
+PARTS = ("latency", "burst", "gang", "replace", "calls", "fleet")
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python bench/operator", description=__doc__)
+    add = parser.add_argument
+    add("--full", action="store_true", help="every size of the targets; half an hour")
+    add("--only", nargs="+", choices=PARTS, default=PARTS, help="some parts; writes no results")
+    add("--print", action="store_true", help="write no results")
+    add("--jobs", nargs="+", type=int, help="sizes of the bursts")
+    add("--rounds", type=int, help="rounds of each burst and gang")
+    add("--times", type=int, help="jobs one at a time, and pods that are lost")
+    add("--gang", type=int, help="workers of the large job")
+    add("--fleet", type=int, help="jobs of the fleet")
+    add("--idle", type=float, help="seconds that the fleet is watched while idle")
+    asked = parser.parse_args()
+    large, small = ((100, 500, 1000), 3, 100, 500, 1000, 330.0), ((50, 150), 2, 25, 200, 200, 20.0)
+    names = ("jobs", "rounds", "times", "gang", "fleet", "idle")
+    for name, value in zip(names, large if asked.full else small, strict=True):
+        if getattr(asked, name) is None:
+            setattr(asked, name, value)
+    return asked
+
+
+async def compare(
+    asked: argparse.Namespace, at: measures.Sides, say: Callable[[str], None]
+) -> None:
+    """The parts that need both sides."""
+    if "latency" in asked.only:
+        say(report.latency(await measures.latencies(at, asked.times)))
+    if "burst" in asked.only:
+        say(report.bursts(await _bursts(asked, at)))
+    if "gang" in asked.only:
+        found = [await measures.gang(at, asked.gang) for _ in range(asked.rounds)]
+        say(report.gangs(asked.gang, found))
+    if "replace" in asked.only:
+        say(report.replaced(await measures.replacements(at, asked.times)))
+    if "calls" in asked.only:
+        say(report.requests(await measures.calls(at, 10)))
+
+
+async def _bursts(
+    asked: argparse.Namespace, at: measures.Sides
+) -> dict[int, list[tuple[measures.Burst, measures.Burst]]]:
+    found: dict[int, list[tuple[measures.Burst, measures.Burst]]] = {}
+    for number in range(asked.rounds):
+        for jobs in asked.jobs:
+            if number % 2:  # neither side always comes first
+                plain = await measures.burst(at, at.plain, jobs)
+                ours = await measures.burst(at, at.ours, jobs)
+            else:
+                ours = await measures.burst(at, at.ours, jobs)
+                plain = await measures.burst(at, at.plain, jobs)
+            found.setdefault(jobs, []).append((ours, plain))
+            print(
+                f"{jobs} jobs: {ours.rate:.1f}/s, plain {plain.rate:.1f}/s, others "
+                f"{ours.others:.2f} and {plain.others:.2f} cores; {ours.passes:.1f} passes, "
+                f"{1000 * ours.operator_cpu / jobs:.0f} ms, {ours.calls}",
+                file=sys.stderr,
+            )
+    return found
+
+
+async def _sides(
+    asked: argparse.Namespace, stage: stages.Stage, say: Callable[[str], None]
+) -> None:
+    operator = stage.operator(stages.OURS)
+    with stages.running(operator):
+        async with measures.sides(stage, operator) as at:
+            await compare(asked, at, say)
+
+
+async def _fleet(asked: argparse.Namespace, stage: stages.Stage) -> measures.Fleet:
+    operator = stage.operator(stages.FLEET)
+    with stages.running(operator):
+        return await measures.fleet(stage, operator, asked.fleet, asked.idle)
+
+
+def main() -> int:
+    asked = options()
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        print(text, end="\n\n", flush=True)
+
+    with tempfile.TemporaryDirectory(prefix="bench-operator-") as folder:
+        with stages.Load() as load:
+            if set(asked.only) - {"fleet"}:
+                with stages.stage(Path(folder) / "pairs") as stage:
+                    asyncio.run(_sides(asked, stage, say))
+            if "fleet" in asked.only:
+                with stages.stage(Path(folder) / "fleet") as stage:
+                    say(report.fleet(asyncio.run(_fleet(asked, stage))))
+        say(f"Other load over all: {load.others:.2f} cores. Flags: {stages.FLAGS}.")
+    if not asked.print and set(asked.only) == set(PARTS):
+        results.write("operator", "\n\n".join(said))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
