@@ -15,7 +15,7 @@ import torch.distributed as dist
 from cptjob_trainer import errors
 from cptjob_trainer.errors import CPTJobError
 
-# A slow volume may keep one rank writing for long after another is done. Hangs are found elsewhere.
+# A slow volume may keep one rank writing for long after another is done.
 _PATIENCE = timedelta(hours=2)
 
 
