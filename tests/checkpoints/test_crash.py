@@ -22,7 +22,8 @@ POINTS = [
     ("checkpoint.before_publish:1", 2),
     ("checkpoint.after_publish:1", 3),
     ("checkpoint.retention:1", 3),
-    ("checkpoint.retained:1", 3),
+    ("checkpoint.retained:1", 2),
+    ("checkpoint.retained:2", 3),
     ("checkpoint.write:9", 3),
     ("checkpoint.before_publish:2", 3),
     ("checkpoint.retention:2", 4),
@@ -41,6 +42,15 @@ def test_a_killed_run_goes_on_from_the_last_whole_checkpoint(
     assert sorted(path.name for path in lab.directory.glob("step-*/*")) == sorted(
         2 * ["manifest.json", "rank-00000.safetensors"]
     )
+
+
+def test_a_run_killed_while_it_deletes_after_its_last_save_keeps_what_was_asked(lab: Any) -> None:
+    lab.train(2, keep_last=2)
+    killed = lab.alone(lambda: lab.train(3, keep_last=2), CPTJOB_FAILPOINT="checkpoint.retention:1")
+    assert killed.signal == signal.SIGKILL
+    assert [name.split(".")[0] for name in lab.names()] == ["step-1", "step-2", "step-3"]
+    assert lab.train(3, keep_last=2) == []
+    assert [name.split(".")[0] for name in lab.names()] == ["step-2", "step-3"]
 
 
 @pytest.mark.parametrize("point", ["checkpoint.write:2:1", "checkpoint.written:1:0"])

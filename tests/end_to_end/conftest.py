@@ -82,7 +82,8 @@ class Job:
     """A manifest and its output folder, both named ``name``, in a directory with volumes.
 
     ``prefix`` is what the command runs under, ``before`` is called in its process; ``view`` is
-    the output as it is seen from here, where that is another path.
+    the output as it is seen from here, where that is another path; ``seconds`` is how long the job
+    took that nobody disturbed.
     """
 
     place: Path
@@ -92,6 +93,7 @@ class Job:
     view: Path | None = None
     before: Callable[[], None] | None = None
     started: list[subprocess.Popen[str]] = field(default_factory=list)
+    seconds: float = 0.0
 
     @property
     def output(self) -> Path:
@@ -216,6 +218,7 @@ def make_job(place: Path, volumes: Path) -> Iterator[Callable[..., Job]]:
 def done(make_job: Callable[..., Job]) -> tuple[Job, str, list[dict[str, Any]]]:
     """A job that nobody disturbed, what it printed, and what /progress answered meanwhile."""
     job = make_job("done")
+    began = time.monotonic()
     process = job.start()
     seen: list[dict[str, Any]] = []
 
@@ -225,6 +228,7 @@ def done(make_job: Callable[..., Job]) -> tuple[Job, str, list[dict[str, Any]]]:
         return process.poll() is not None
 
     wait_until(ended, "the job ends")
+    job.seconds = time.monotonic() - began
     code, output, errors = job.end(process)
     assert code == 0, errors + job.logs()
     return job, output, seen

@@ -24,7 +24,7 @@ def test_killed_at_any_moment_and_run_again_the_weights_are_the_same(
     for _ in range(2):
         process = job.start()
         # The moment is the test: anywhere between the first import and the end.
-        time.sleep(chance.uniform(0.5, 15.0))
+        time.sleep(chance.uniform(0.5, done[0].seconds))
         running = processes_of(job.output)
         victim = VICTIMS[(seed + chance.randrange(2)) % len(VICTIMS)]
         found = running.all if victim == "all" else getattr(running, victim, [])[:1]

@@ -122,9 +122,13 @@ class Checkpoints:
         chosen = self._first_good(candidates)
         self._generation = self._ranks.once(lambda: self._claim(chosen, found["generation"]))
         self.warnings.extend(self._ranks.once(self._clean))
+        unusable = bool(self._skipped or found["broken"])
         if chosen is not None:
             self._latest = Saved(chosen.step, chosen.path, 0.0, chosen.bytes)
-        elif self._skipped or found["broken"]:
+            if not unusable:
+                # A death after the last save may have left more than is wanted, and no save follows.
+                self._ranks.once(self.retain)
+        elif unusable:
             self.warnings.append("no checkpoint can be used: training begins at step 0")
         return chosen
 
