@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 from kubernetes import client, watch
+from lives import Live, living
+from running import RunningOperator
+from world import World
 
 from testplane import binaries
 from testplane.kubelet import Kubelet
 from testplane.nodes import Nodes
 from testplane.plane import ControlPlane
+from testplane.proxy import FaultProxy
 
 ROOT = Path(__file__).parents[2]
 CRD = ROOT / "crds" / "training.cptjob.io_cptjobs.yaml"
@@ -166,3 +170,42 @@ class Jobs:
 @pytest.fixture(name="jobs")
 def make_jobs(api: client.ApiClient, namespace: str) -> Jobs:
     return Jobs(api, namespace)
+
+
+# --- the operator ---
+
+
+@pytest.fixture(name="world")
+def make_world(plane: ControlPlane, api: client.ApiClient, manual_namespace: str) -> World:
+    return World(plane, api, manual_namespace)
+
+
+@pytest.fixture(name="start")
+def make_start(
+    plane: ControlPlane, world: World, tmp_path: Path
+) -> Iterator[Callable[..., RunningOperator]]:
+    """`start(identity=..., kubeconfig=...)` starts an operator; all are killed in the end."""
+    started: list[RunningOperator] = []
+
+    def start(**more: Any) -> RunningOperator:
+        started.append(RunningOperator(plane, tmp_path, world.namespace, **more))
+        return started[-1].start()
+
+    yield start
+    for each in started:
+        each.kill()
+
+
+@pytest.fixture(name="proxy")
+def start_proxy(plane: ControlPlane, tmp_path: Path) -> Iterator[FaultProxy]:
+    with FaultProxy(plane, tmp_path / "proxy") as proxy:
+        yield proxy
+
+
+@pytest.fixture(name="live")
+def make_live(
+    plane: ControlPlane, api: client.ApiClient, new_namespace: Callable[[], str], tmp_path: Path
+) -> Iterator[Live]:
+    """See `lives.living`."""
+    with living(plane, api, new_namespace, tmp_path) as live:
+        yield live

@@ -1,10 +1,7 @@
 """The operator against the real API server: what it makes, what it leaves alone, what it survives."""
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
-import pytest
 from kubernetes import client
 from running import RunningOperator
 from world import OURS, World
@@ -13,31 +10,6 @@ from testplane.plane import ControlPlane
 from testplane.proxy import FaultProxy
 
 Start = Callable[..., RunningOperator]
-
-
-@pytest.fixture(name="world")
-def make_world(plane: ControlPlane, api: client.ApiClient, manual_namespace: str) -> World:
-    return World(plane, api, manual_namespace)
-
-
-@pytest.fixture(name="start")
-def make_start(plane: ControlPlane, world: World, tmp_path: Path) -> Iterator[Start]:
-    """`start(identity=..., kubeconfig=...)` starts an operator; all are killed in the end."""
-    started: list[RunningOperator] = []
-
-    def start(**more: Any) -> RunningOperator:
-        started.append(RunningOperator(plane, tmp_path, world.namespace, **more))
-        return started[-1].start()
-
-    yield start
-    for each in started:
-        each.kill()
-
-
-@pytest.fixture(name="proxy")
-def start_proxy(plane: ControlPlane, tmp_path: Path) -> Iterator[FaultProxy]:
-    with FaultProxy(plane, tmp_path / "proxy") as proxy:
-        yield proxy
 
 
 def test_a_job_gets_its_children_and_its_workers_once_it_is_prepared(

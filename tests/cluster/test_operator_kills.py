@@ -5,11 +5,9 @@ from collections.abc import Callable
 
 import pytest
 from running import RunningOperator
-from test_operator import OURS, World, make_start, make_world, start_proxy
+from world import OURS, World
 
 from testplane.proxy import FaultProxy
-
-__all__ = ["make_start", "make_world", "start_proxy"]  # fixtures
 
 #: Writes from a job's creation to its workers: status, three children, a pod, an event, status, pods.
 WRITES = 10

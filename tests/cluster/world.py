@@ -1,10 +1,11 @@
 """One namespace as a test of the operator sees it: its jobs, their objects, a kubelet by hand."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from kubernetes import client
 
+from job_cases import sound_job
 from testplane.kubelet import Kubelet
 from testplane.plane import ControlPlane
 
@@ -20,34 +21,49 @@ class World:
         self.kubelet = Kubelet(api)
         self._kind = {"group": "training.cptjob.io", "version": "v1alpha1", "plural": "cptjobs"}
         for name in ("models", "data", "results"):
-            claim = {
-                "accessModes": ["ReadWriteMany"],
-                "storageClassName": "",
-                "resources": {"requests": {"storage": "1Gi"}},
-            }
-            self.core.create_namespaced_persistent_volume_claim(
-                namespace, {"metadata": {"name": name}, "spec": claim}
-            )
+            self.claim(name)
 
-    def create(self, name: str, workers: int = 1) -> dict[str, Any]:
-        spec = {
-            "task": "CausalLM",
-            "model": {"storageUri": "pvc://models/tiny"},
-            "datasets": [{"name": "domain", "storageUri": "pvc://data/domain"}],
-            "output": {"storageUri": "pvc://results/runs"},
-            "trainer": {"numNodes": workers, "numProcPerNode": 1},
+    def claim(self, name: str, mode: str = "ReadWriteMany") -> None:
+        """A claim with a volume, so that the scheduler has nothing against pods that mount it."""
+        storage, about = "1Gi", {"name": name, "namespace": self.namespace}
+        common = {"accessModes": [mode], "storageClassName": ""}
+        volume = {
+            "capacity": {"storage": storage},
+            "claimRef": about,
+            "nfs": {"server": "test.invalid", "path": "/"},
         }
-        created: dict[str, Any] = self.custom.create_namespaced_custom_object(
-            **self._kind,
-            namespace=self.namespace,
-            body={
-                "apiVersion": "training.cptjob.io/v1alpha1",
-                "kind": "CPTJob",
-                "metadata": {"name": name},
-                "spec": spec,
+        self.core.create_persistent_volume(
+            {"metadata": {"name": f"{self.namespace}-{name}"}, "spec": common | volume}
+        )
+        self.core.create_namespaced_persistent_volume_claim(
+            self.namespace,
+            {
+                "metadata": about,
+                "spec": common | {"resources": {"requests": {"storage": storage}}},
             },
         )
+
+    def create(
+        self, name: str, workers: int = 1, changes: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """A job with these fields changed, by their paths: {"spec.suspend": True}."""
+        body = sound_job(
+            {
+                "metadata.name": name,
+                "spec.output.storageUri": "pvc://results/runs",
+                "spec.trainer": {"numNodes": workers, "numProcPerNode": 1},
+                **(changes or {}),
+            }
+        )
+        created: dict[str, Any] = self.custom.create_namespaced_custom_object(
+            **self._kind, namespace=self.namespace, body=body
+        )
         return created
+
+    def delete(self, name: str) -> None:
+        self.custom.delete_namespaced_custom_object(
+            **self._kind, namespace=self.namespace, name=name
+        )
 
     def patch(self, name: str, change: dict[str, Any]) -> None:
         self.custom.patch_namespaced_custom_object(
@@ -76,8 +92,32 @@ class World:
         conditions = self.status(name).get("conditions") or []
         return next((each for each in conditions if each["type"] == kind), {})
 
-    def pods(self, role: str = "worker") -> list[Any]:
+    def says(self, name: str, reason: str, *words: str) -> bool:
+        """Whether the job is not ready for that reason, with these words, as an Event says too."""
+        ready = self.condition(name, "Ready")
+        return (
+            ready.get("reason") == reason
+            and all(word in ready["message"] for word in words)
+            and self.told(name, reason, *words)
+        )
+
+    def told(self, name: str, reason: str, *words: str) -> bool:
+        """Whether an Event on the job has that reason and these words."""
+        return any(
+            event.reason == reason and all(word in event.note for word in words)
+            for event in self.events(name)
+        )
+
+    def events(self, name: str) -> list[Any]:
+        """Events on the job, oldest first."""
+        listed = client.EventsV1Api(self.core.api_client).list_namespaced_event(self.namespace)
+        found = [event for event in listed.items if event.regarding.name == name]
+        return sorted(found, key=lambda event: event.event_time)
+
+    def pods(self, role: str = "worker", job: str | None = None) -> list[Any]:
         selector = f"{OURS},training.cptjob.io/role={role}"
+        if job:
+            selector += f",training.cptjob.io/job-name={job}"
         return list(self.core.list_namespaced_pod(self.namespace, label_selector=selector).items)
 
     def children(self) -> list[Any]:
@@ -99,9 +139,21 @@ class World:
             self.wait(lambda name=name: self._coordinator(name), f"the coordinator of {name}")
             self.kubelet.run(self.namespace, self._coordinator(name)[0].metadata.name)
 
-    def _coordinator(self, name: str) -> list[Any]:
+    def run(self, name: str, workers: int) -> None:
+        """Its workers run, when there are so many that shall live on; returns when the job does."""
+        self.wait(lambda: len(self.living(name)) == workers, f"{workers} workers of {name}")
+        for pod in self.living(name):
+            self.kubelet.run(self.namespace, pod.metadata.name)
+        self.wait(lambda: self.status(name).get("phase") == "Running", f"{name} to run")
+
+    def living(self, name: str) -> list[Any]:
+        """The job's workers that have not ended and are not about to."""
         return [
             pod
-            for pod in self.pods("coordinator")
-            if pod.metadata.labels["training.cptjob.io/job-name"] == name
+            for pod in self.pods("worker", name)
+            if pod.metadata.deletion_timestamp is None
+            and pod.status.phase not in ("Succeeded", "Failed")
         ]
+
+    def _coordinator(self, name: str) -> list[Any]:
+        return self.pods("coordinator", name)
