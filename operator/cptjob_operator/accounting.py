@@ -21,16 +21,20 @@ def account(status: CPTJobStatus, gpus_per_node: int, now: datetime) -> CPTJobSt
     if seconds <= 0:
         return status
     held = status.pods or PodCounts()
-    holding = held.active > 0 or status.phase in _HOLDING
     return status.model_copy(
         update={
             # Whole seconds only; the rest is counted next time.
             "accounted_time": status.accounted_time + timedelta(seconds=seconds),
-            "active_seconds": status.active_seconds + (seconds if holding else 0),
+            "active_seconds": status.active_seconds + (seconds if holds(status) else 0),
             "node_seconds": status.node_seconds + seconds * held.scheduled,
             "gpu_seconds": status.gpu_seconds + seconds * held.scheduled * gpus_per_node,
         }
     )
+
+
+def holds(status: CPTJobStatus) -> bool:
+    """Whether the job's own time runs: it holds pods."""
+    return (status.pods is not None and status.pods.active > 0) or status.phase in _HOLDING
 
 
 def lose(status: CPTJobStatus, gpus_per_node: int, since: datetime | None, now: datetime) -> int:

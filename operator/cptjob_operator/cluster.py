@@ -301,13 +301,25 @@ class Cluster:
             answer = await self._api.delete(
                 kind, namespace, what.name, what.uid, what.grace_seconds
             )
-        except (NotFound, Conflict):
+        except Conflict:
+            # Another object of that name; or something else was in the way of this one.
+            if await self._uid_of(kind, namespace, what.name) == what.uid:
+                raise
+            self._was_gone(uid, kind, what, _key(job))
+            return
+        except NotFound:
             self._was_gone(uid, kind, what, _key(job))
             return
         if kind is kinds.POD and answer.get("kind") == "Pod":
             self._known.put_pod(answer, own=True)
         elif kind in kinds.CHILDREN:
             self._known.drop_child(uid, kind.name)
+
+    async def _uid_of(self, kind: kinds.Kind, namespace: str, name: str) -> str | None:
+        try:
+            return str((await self._api.get(kind, namespace, name))["metadata"]["uid"])
+        except NotFound:
+            return None
 
     def _was_gone(self, job_uid: str, kind: kinds.Kind, what: Deletion, key: JobKey) -> None:
         """No such object, or another of that name."""

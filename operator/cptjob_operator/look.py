@@ -162,9 +162,24 @@ class Look:
         )
 
     def settle(self, wanted: Wanted) -> Wanted:
-        """What every pass of a living job does beside: removes what is not wanted any more."""
+        """What every pass of a living job does beside.
+
+        It removes what is not wanted any more, and comes again when the job's time is over.
+        """
         surplus = delete(self.gang.surplus, "replaced") + self.stuck()
-        return replace(wanted, deletions=(*wanted.deletions, *surplus, *self.old()))
+        due = [each for each in (wanted.again, self._deadline(wanted.status)) if each is not None]
+        return replace(
+            wanted,
+            deletions=(*wanted.deletions, *surplus, *self.old()),
+            again=min(due, default=None),
+        )
+
+    def _deadline(self, status: CPTJobStatus | None) -> datetime | None:
+        """When the job will have held pods for as long as it may."""
+        limit = self.spec.active_deadline_seconds
+        if limit is None or status is None or not accounting.holds(status):
+            return None
+        return self.now + timedelta(seconds=max(1, limit - status.active_seconds))
 
     def stuck(self) -> tuple[Deletion, ...]:
         """Pods that are to go and whose node is gone, so that nobody can say that they went."""

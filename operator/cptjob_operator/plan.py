@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import datetime
 
+from cptjob_api.conditions import Condition, Reason
 from cptjob_api.job import CPTJob
 from cptjob_api.status import CPTJobStatus
 from cptjob_operator.endings import completion, deadline, finished, going, of_another
@@ -19,7 +20,7 @@ from cptjob_operator.recovering import backing_off, failures, giving_back
 from cptjob_operator.settings import Settings
 from cptjob_operator.starting import placing, running, starting
 from cptjob_operator.suspending import suspension
-from cptjob_operator.wanted import Wanted
+from cptjob_operator.wanted import Event, Wanted
 
 Rule = Callable[[Look], Wanted | Look | None]
 
@@ -41,6 +42,21 @@ RULES: tuple[Rule, ...] = (
     running,
 )
 
+# What somebody has to mend or to provide before the job goes on.
+_OBSTACLES = frozenset(
+    {
+        Reason.WAITING_FOR_SECRET,
+        Reason.WAITING_FOR_CLAIM,
+        Reason.WAITING_FOR_NODE,
+        Reason.WAITING_FOR_POOL,
+        Reason.WAITING_FOR_QUOTA,
+        Reason.REFUSED,
+        Reason.UNSCHEDULABLE,
+        Reason.IMAGE_PULL_FAILED,
+        Reason.CONTAINER_CONFIG_ERROR,
+        Reason.MOUNT_FAILED,
+    }
+)
 # A difference in these alone is not worth a write, or not at once.
 _TIMES = ("accounted_time", "active_seconds", "node_seconds", "gpu_seconds")
 _COUNTS = ("pods", "replicas", "nodes", "trainer_status")
@@ -49,6 +65,7 @@ _COUNTS = ("pods", "replicas", "nodes", "trainer_status")
 def plan(job: CPTJob, observed: Observed, settings: Settings, now: datetime) -> Wanted:
     """What `job` needs now. Never raises on a job that the API server can hold."""
     wanted = _decide(Look(job, observed, settings, now.replace(microsecond=0)))
+    wanted = replace(wanted, events=(*wanted.events, *_obstacle(job.status, wanted.status)))
     if wanted.status is None or job.status is None:
         return wanted
     if _like(job.status, wanted.status, _TIMES) == wanted.status:
@@ -68,6 +85,17 @@ def _decide(look: Look) -> Wanted:
             )
         look = answer or look
     raise AssertionError("the last rule decides always")
+
+
+def _obstacle(before: CPTJobStatus | None, after: CPTJobStatus | None) -> tuple[Event, ...]:
+    """What keeps the job from going on, once each time that it reads otherwise."""
+    new = after.condition(Condition.READY) if after else None
+    if new is None or new.reason not in _OBSTACLES:
+        return ()
+    old = before.condition(Condition.READY) if before else None
+    if old is not None and (old.reason, old.message) == (new.reason, new.message):
+        return ()
+    return (Event("Warning", new.reason, new.message),)
 
 
 def _like(before: CPTJobStatus, after: CPTJobStatus, names: Iterable[str]) -> CPTJobStatus:

@@ -53,12 +53,7 @@ def running(look: Look) -> Wanted | None:
     events: tuple[Event, ...] = ()
     if look.status.phase is not Phase.RUNNING:
         events = (Event("Normal", Reason.RUNNING, f"{look.gang.size} workers train"),)
-    limit = look.spec.active_deadline_seconds
-    again = None
-    if limit is not None:
-        again = look.now + timedelta(seconds=max(1, limit - look.status.active_seconds))
-    wanted = Wanted(status=status, objects=look.missing_children(), events=events, again=again)
-    return look.settle(wanted)
+    return look.settle(Wanted(status=status, objects=look.missing_children(), events=events))
 
 
 def _make_workers(look: Look, missing: Iterable[PodId]) -> tuple[dict[str, Any], ...]:
@@ -108,15 +103,15 @@ def _starting_status(look: Look, phase: Phase, late: list[Pod]) -> CPTJobStatus:
 
 
 def _explain(look: Look, message: str) -> str:
-    """What the scheduler says, and what the pool has."""
+    """What the scheduler says, what the pool has, and which of its nodes are not wanted."""
+    hard = _avoided(look)[1]
     problems = placement.check(
-        look.profile,
-        look.gang.size,
-        look.observed.nodes,
-        look.observed.used_gpus,
-        excluded=_avoided(look)[1],
+        look.profile, look.gang.size, look.observed.nodes, look.observed.used_gpus, excluded=hard
     )
-    return "; ".join([message, *(each.message for each in problems)])
+    said = [message, *(each.message for each in problems)]
+    if hard and not problems:
+        said.append(f"{', '.join(hard)}: avoided because pods failed there")
+    return "; ".join(said)
 
 
 def _look_again(look: Look) -> datetime | None:

@@ -134,6 +134,26 @@ def test_a_finished_job_goes_when_its_time_is_over(world: MakeWorld) -> None:
     assert job.gone
 
 
+def test_the_time_that_a_job_may_hold_pods_ends_while_it_prepares_too(world: MakeWorld) -> None:
+    job = world(activeDeadlineSeconds=600)
+    job.settle()
+    again = job.plan().again
+    job.wait(600)
+    assert again == job.now
+    job.settle()
+    assert job.condition(Condition.FAILED) == ("True", "DeadlineExceeded")
+
+
+def test_an_obstacle_is_told_once_each_time_that_it_reads_otherwise(world: MakeWorld) -> None:
+    job = world()
+    job.settle()
+    for message in ("no nodes", "no nodes", "one node"):
+        job.change(job.pod(Role.COORDINATOR), unschedulable=message)
+        job.settle()
+    told = [message for reason, message in job.events if reason == "Unschedulable"]
+    assert [message.rsplit(": ", 1)[-1] for message in told] == ["no nodes", "one node"]
+
+
 def test_a_job_that_held_pods_for_too_long_fails(world: MakeWorld) -> None:
     job = world(activeDeadlineSeconds=600)
     job.train()
