@@ -146,10 +146,19 @@ def test_only_what_differs_is_written_and_nothing_when_nothing_does(with_server:
     async def test(server: Any) -> None:
         bench = Bench(server, same)
         known = {
-            "observedGeneration": 1, "attempt": 1, "restarts": 0, "replicas": 0,
-            "restartsCountTowardsMax": 0, "activeSeconds": 0, "nodeSeconds": 0,
-            "gpuSeconds": 0, "lostGpuSeconds": 0, "conditions": [], "incarnations": [],
-            "nodes": [], "excludedNodes": [],
+            "observedGeneration": 1,
+            "attempt": 1,
+            "restarts": 0,
+            "replicas": 0,
+            "restartsCountTowardsMax": 0,
+            "activeSeconds": 0,
+            "nodeSeconds": 0,
+            "gpuSeconds": 0,
+            "lostGpuSeconds": 0,
+            "conditions": [],
+            "incarnations": [],
+            "nodes": [],
+            "excludedNodes": [],
         }
         bench.cache.put_job(sound_body(1, **known))
         bench.answered = sound_body(2, **known | {"attempt": 2})
