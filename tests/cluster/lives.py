@@ -30,7 +30,7 @@ class Life:
     """A job, its operator, and who disturbs it.
 
     rival: another operator, which does not go through the proxy.
-    meanwhile: is called again and again while the life goes on.
+    meanwhile: is called again and again while the life goes on. at_the_end: once after it.
     """
 
     world: World
@@ -38,6 +38,7 @@ class Life:
     proxy: FaultProxy
     rival: RunningOperator
     meanwhile: Callable[[], object] = lambda: None
+    at_the_end: Callable[[], object] = lambda: None
 
     def wait(self, happened: Callable[[], object], what: str) -> None:
         """Waits, and starts the operator anew when it was killed meanwhile."""
@@ -230,6 +231,7 @@ def living(
             life = Life(world, operator, proxy, rival)
             disturb(life)
             STAGES[stage](life)
+            life.at_the_end()
             life.wait_quiet()
             end = picture(world), len(proxy.writes)
             operator.kill()

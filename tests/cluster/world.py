@@ -70,6 +70,16 @@ class World:
             **self._kind, namespace=self.namespace, name=name, body=change
         )
 
+    def scale(self, name: str, replicas: int | None = None) -> dict[str, Any]:
+        """The job's scale, changed first when `replicas` are given."""
+        where = {**self._kind, "namespace": self.namespace, "name": name}
+        if replicas is not None:
+            self.custom.patch_namespaced_custom_object_scale(
+                **where, body={"spec": {"replicas": replicas}}
+            )
+        found: dict[str, Any] = self.custom.get_namespaced_custom_object_scale(**where)
+        return found
+
     def find(self, name: str) -> dict[str, Any] | None:
         """The job, or None when it is gone."""
         try:
@@ -104,15 +114,14 @@ class World:
     def told(self, name: str, reason: str, *words: str) -> bool:
         """Whether an Event on the job has that reason and these words."""
         return any(
-            event.reason == reason and all(word in event.note for word in words)
+            event.reason == reason and all(word in event.message for word in words)
             for event in self.events(name)
         )
 
     def events(self, name: str) -> list[Any]:
-        """Events on the job, oldest first."""
-        listed = client.EventsV1Api(self.core.api_client).list_namespaced_event(self.namespace)
-        found = [event for event in listed.items if event.regarding.name == name]
-        return sorted(found, key=lambda event: event.event_time)
+        """Events on the job."""
+        listed = self.core.list_namespaced_event(self.namespace).items
+        return [each for each in listed if each.involved_object.name == name]
 
     def pods(self, role: str = "worker", job: str | None = None) -> list[Any]:
         selector = f"{OURS},training.cptjob.io/role={role}"

@@ -1,0 +1,218 @@
+"""The API server refuses, is away, forgets, or answers too late, in each stage of a job's life.
+
+Afterwards everything stands where it stands without that. `make soak` does it at every write; CI at
+a few that move with the date.
+"""
+
+import datetime
+import random
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from kubernetes import client
+from lives import STAGES, Life, Live
+from running import RunningOperator
+from world import World
+
+from testplane.nodes import Nodes
+from testplane.plane import ControlPlane
+from testplane.proxy import FaultProxy, Trigger
+
+Start = Callable[..., RunningOperator]
+
+#: More writes than any stage makes, retries included.
+MANY = 200
+#: Answers to a write that was not done, and one to a write that was.
+CODES = (409, 422, 429, 500, 503, 504)
+
+
+def dice_of_today(what: str) -> random.Random:
+    return random.Random(f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d} {what}")
+
+
+class Failures:
+    """These writes of a life are answered with `code`. reaches: though they are done."""
+
+    def __init__(self, numbers: range | list[int], code: int, *, reaches: bool = False) -> None:
+        self._numbers, self._code, self._reaches = numbers, code, reaches
+        self.triggers: dict[int, Trigger] = {}
+
+    def __call__(self, life: Life) -> None:
+        self.triggers = {
+            number: life.proxy.fail(number, self._code, reaches=self._reaches)
+            for number in self._numbers
+        }
+
+    @property
+    def happened(self) -> int:
+        return sum(each.happened for each in self.triggers.values())
+
+
+@pytest.mark.parametrize("reaches", [False, True], ids=["undone", "done"])
+def test_every_second_write_that_fails_changes_nothing_in_the_end(
+    live: Live, reaches: bool
+) -> None:
+    stage = dice_of_today(f"stage {reaches}").choice(list(STAGES))
+    picture, writes = live(stage)
+    # A refusal (422) that was carried out all the same is nothing that an API server does.
+    code = dice_of_today(f"code {reaches}").choice([500, 503, 504] if reaches else [409, 429, 503])
+    failures = Failures(range(1, MANY, 2), code, reaches=reaches)
+    disturbed, _ = live(stage, failures)
+    assert failures.happened >= writes // 2
+    assert disturbed == picture, f"{stage}, every second write answered with {code}"
+
+
+def test_a_write_that_is_refused_once_changes_nothing_in_the_end(live: Live) -> None:
+    stage = dice_of_today("stage").choice(list(STAGES))
+    picture, writes = live(stage)
+    number = dice_of_today(stage).randint(1, writes)
+    failures = Failures([number], 422)
+    disturbed, _ = live(stage, failures)
+    assert failures.happened, f"write {number} of {writes} was never made"
+    assert disturbed == picture, f"{stage}, write {number} answered with 422"
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("stage", STAGES)
+def test_any_write_that_fails_changes_nothing_in_the_end(live: Live, stage: str, code: int) -> None:
+    picture, writes = live(stage)
+    assert writes >= 6
+    for number in range(1, writes + 1):
+        for reaches in (False, True) if code >= 500 else (False,):
+            failures = Failures([number], code, reaches=reaches)
+            disturbed, _ = live(stage, failures)
+            # The number of writes moves by one or two with the moment at which events arrive.
+            if failures.happened:
+                assert disturbed == picture, f"write {number} answered with {code}, {reaches=}"
+            else:
+                assert number > writes - 3, f"write {number} of {writes} was never made"
+
+
+# --- of two operators, one is late ---
+
+
+class LateLeader:
+    """The leader is frozen with a write under way, which arrives when another has long led on."""
+
+    def __init__(self, number: int) -> None:
+        self._number, self.frozen = number, False
+        self.trigger = Trigger()
+        self.writes = 0
+
+    def __call__(self, life: Life) -> None:
+        life.rival.start().wait_ready()
+        self.trigger = life.proxy.hold(self._number)
+        life.meanwhile = lambda: self._freeze(life)
+        life.at_the_end = lambda: self._thaw(life)
+
+    def _freeze(self, life: Life) -> None:
+        if self.trigger.happened and not self.frozen:
+            life.operator.freeze()
+            self.frozen = True
+
+    def _thaw(self, life: Life) -> None:
+        if not self.frozen:
+            return
+        life.rival.wait_leading()
+        before = len(life.proxy.writes)
+        self.trigger.release()
+        life.operator.thaw()
+        life.world.wait(
+            lambda: life.operator.figure("cptjob_leader") == 0, "it to see that it lost"
+        )
+        life.rival.wait_quiet()
+        self.writes = len(life.proxy.writes) - before
+
+
+def test_a_write_that_arrives_when_another_leads_changes_nothing_in_the_end(live: Live) -> None:
+    stage = dice_of_today("late stage").choice(list(STAGES))
+    picture, writes = live(stage)
+    late = LateLeader(dice_of_today("late write").randint(1, writes - 2))
+    disturbed, _ = live(stage, late)
+    assert late.frozen
+    assert late.writes == 0, "the loser wrote"
+    assert disturbed == picture, stage
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("stage", STAGES)
+def test_any_write_that_arrives_when_another_leads_changes_nothing_in_the_end(
+    live: Live, stage: str
+) -> None:
+    picture, writes = live(stage)
+    for number in range(1, writes + 1):
+        late = LateLeader(number)
+        disturbed, _ = live(stage, late)
+        assert late.frozen or number > writes - 3, f"write {number} was never made"
+        assert late.writes == 0, "the loser wrote"
+        assert disturbed == picture, f"write {number} of {writes} was late"
+
+
+# --- watches and the API server itself ---
+
+
+def test_everything_that_goes_while_no_watch_holds_is_noticed(
+    world: World, start: Start, proxy: FaultProxy, nodes: Nodes
+) -> None:
+    nodes.add(2)
+    operator = start(kubeconfig=proxy.kubeconfig()).wait_leading()
+    for name in ("stays", "goes", "again"):
+        world.create(name, 2)
+    world.prepare("stays", "goes", "again")
+    for name in ("stays", "goes", "again"):
+        world.run(name, 2)
+    world.wait(lambda: proxy.open_watches >= 3, "the watches")
+    first = world.pods(job="again")[0].metadata.name
+    with proxy.no_watches(expire=True):
+        world.kubelet.finish(world.namespace, world.living("stays")[0].metadata.name)
+        world.delete("goes")
+        world.delete("again")
+        world.create("again", 1)
+        nodes.remove("node-1")
+        (service,) = [each for each in world.children() if _is_service(each, "stays")]
+        world.core.delete_namespaced_service(service.metadata.name, world.namespace)
+    world.run("stays", 2)
+    world.wait(lambda: any(_is_service(each, "stays") for each in world.children()), "the service")
+    world.wait(lambda: not world.pods(job="goes"), "the pods of the deleted job to go")
+    world.prepare("again")
+    world.run("again", 1)
+    assert first not in [pod.metadata.name for pod in world.pods(job="again")]
+    world.wait(lambda: operator.figures()['cptjob_jobs{phase="Running"}'] == 2, "the count of jobs")
+    named = {"mode": "Manual", "nodeNames": ["node-0", "node-1"]}
+    world.create("named", 2, {"spec.scheduling": named})
+    world.prepare("named")
+    world.wait(
+        lambda: world.says("named", "WaitingForNode", "node node-1 does not exist"), "the node"
+    )
+
+
+def _is_service(child: Any, job: str) -> bool:
+    labels = child.metadata.labels
+    return isinstance(child, client.V1Service) and labels["training.cptjob.io/job-name"] == job
+
+
+@pytest.mark.soak
+def test_a_minute_without_an_api_server_changes_nothing(
+    world: World, start: Start, plane: ControlPlane
+) -> None:
+    operator = start().wait_leading()
+    for name in ("runs", "starts"):
+        world.create(name, 2)
+    world.prepare("runs", "starts")
+    world.run("runs", 2)
+    world.wait(lambda: len(world.living("starts")) == 2, "the workers")
+    before = {pod.metadata.uid for role in ("worker", "coordinator") for pod in world.pods(role)}
+    with plane.apiserver_down():
+        end = time.monotonic() + 60
+        plane.wait(lambda: time.monotonic() > end, "a minute")
+        assert operator.get("healthz")[0] == 200
+    world.run("starts", 2)
+    after = {pod.metadata.uid for role in ("worker", "coordinator") for pod in world.pods(role)}
+    assert after == before
+    assert [world.status(name)["restarts"] for name in ("runs", "starts")] == [0, 0]
+    world.kubelet.exit(world.namespace, world.living("runs")[0].metadata.name, 1, "boom")
+    world.run("runs", 2)
+    assert operator.stop() == 0, "the same process all along"
