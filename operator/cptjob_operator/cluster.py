@@ -357,9 +357,14 @@ class Cluster:
         """True when any was asked for. After a refusal one is tried, and the others after it."""
         uid = job.metadata.uid or ""
         refusal = self._refused.get(uid, {}).get(kinds.POD.name)
-        if refusal is not None and manifests:
-            if self._clock() < refusal.until or not await self._make_pod(job, manifests[0]):
+        if refusal is not None:
+            if manifests and self._clock() < refusal.until:
                 return False
+            if manifests and not await self._make_pod(job, manifests[0]):
+                return False
+            # Only here: of pods that are asked for side by side, one may be let in after another
+            # was refused.
+            self._permit(uid, kinds.POD)
             manifests = manifests[1:]
         await _each(manifests, lambda each: self._make_pod(job, each))
         return bool(manifests)
@@ -382,7 +387,6 @@ class Cluster:
         except NotFound:
             return False
         self._known.put_pod(answer, own=True)
-        self._permit(uid, kinds.POD)
         return True
 
     def _refuse(self, job: CPTJob, kind: kinds.Kind, message: str) -> None:
