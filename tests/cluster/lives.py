@@ -122,12 +122,13 @@ def loses_the_coordinator(life: Life) -> None:
 
 
 def begins_anew(life: Life) -> None:
-    """All workers fail: a new attempt."""
-    is_made(life)
-    for pod in life.pods("worker", 2):
-        life.world.kubelet.exit(life.world.namespace, pod.metadata.name, 1, "boom")
+    """No worker is left: a new attempt."""
+    life.world.create("job", workers=1)
+    life.train(1)
+    (pod,) = life.pods("worker", 1)
+    life.world.kubelet.exit(life.world.namespace, pod.metadata.name, 1, "boom")
     life.wait(lambda: life.world.status("job").get("attempt") == 1, "a new attempt")
-    life.run("worker", 2)
+    life.run("worker", 1)
     life.wait(lambda: life.phase == "Running", "it to run again")
 
 

@@ -157,7 +157,8 @@ def test_any_write_that_arrives_when_another_leads_changes_nothing_in_the_end(
 def test_everything_that_goes_while_no_watch_holds_is_noticed(
     world: World, start: Start, proxy: FaultProxy, nodes: Nodes
 ) -> None:
-    nodes.add(2)
+    for name in nodes.add(2):
+        nodes.cordon(name)  # a pod without a node is gone at once when it is deleted
     operator = start(kubeconfig=proxy.kubeconfig()).wait_leading()
     for name in ("stays", "goes", "again"):
         world.create(name, 2)
@@ -165,7 +166,7 @@ def test_everything_that_goes_while_no_watch_holds_is_noticed(
     for name in ("stays", "goes", "again"):
         world.run(name, 2)
     world.wait(lambda: proxy.open_watches >= 3, "the watches")
-    first = world.pods(job="again")[0].metadata.name
+    before = _pods(world, "again")
     with proxy.no_watches(expire=True):
         world.kubelet.finish(world.namespace, world.living("stays")[0].metadata.name)
         world.delete("goes")
@@ -177,9 +178,9 @@ def test_everything_that_goes_while_no_watch_holds_is_noticed(
     world.run("stays", 2)
     world.wait(lambda: any(_is_service(each, "stays") for each in world.children()), "the service")
     world.wait(lambda: not world.pods(job="goes"), "the pods of the deleted job to go")
+    world.wait(lambda: not before & _pods(world, "again"), "the pods of the one before it to go")
     world.prepare("again")
     world.run("again", 1)
-    assert first not in [pod.metadata.name for pod in world.pods(job="again")]
     world.wait(lambda: operator.figures()['cptjob_jobs{phase="Running"}'] == 2, "the count of jobs")
     named = {"mode": "Manual", "nodeNames": ["node-0", "node-1"]}
     world.create("named", 2, {"spec.scheduling": named})
@@ -187,6 +188,12 @@ def test_everything_that_goes_while_no_watch_holds_is_noticed(
     world.wait(
         lambda: world.says("named", "WaitingForNode", "node node-1 does not exist"), "the node"
     )
+
+
+def _pods(world: World, name: str) -> set[str]:
+    """Names of all pods of a job."""
+    both = [*world.pods("coordinator", name), *world.pods("worker", name)]
+    return {pod.metadata.name for pod in both}
 
 
 def _is_service(child: Any, job: str) -> bool:
