@@ -41,9 +41,9 @@ soak: setup $(VENV)/.go ## run the long tests with full counts
 gpu: setup $(VENV)/.dev ## run the tests that need an NVIDIA GPU
 	$(bin)/python -m pytest -m gpu tests/trainer
 
-bench: setup $(VENV)/.bench ## measure against peers; figures go to bench/RESULTS.md
-	@for name in prepare resume checkpoint train; do \
-	  echo "== bench/$$name.py"; $(bin)/python bench/$$name.py || exit; done
+bench: setup $(VENV)/.bench $(VENV)/.go ## measure against peers; figures go to bench/RESULTS.md
+	@for name in prepare.py resume.py checkpoint.py train.py operator; do \
+	  echo "== bench/$$name"; $(bin)/python bench/$$name || exit; done
 
 fmt: $(VENV)/.dev ## format the code and fix what can be fixed
 	$(bin)/ruff check --fix-only --quiet .

@@ -20,6 +20,8 @@ import report  # noqa: E402
 import results  # noqa: E402
 import stage as stages  # noqa: E402
 
+Say = Callable[[str], None]
+KINDS = {"still": stages.STILL, "live": stages.LIVE}
 PARTS = ("latency", "burst", "gang", "replace", "calls", "fleet")
 
 
@@ -30,35 +32,39 @@ def options() -> argparse.Namespace:
     add("--only", nargs="+", choices=PARTS, default=PARTS, help="some parts; writes no results")
     add("--print", action="store_true", help="write no results")
     add("--jobs", nargs="+", type=int, help="sizes of the bursts")
+    add("--pods", nargs="+", choices=KINDS, help="whether pods run once they have a node")
     add("--rounds", type=int, help="rounds of each burst and gang")
     add("--times", type=int, help="jobs one at a time, and pods that are lost")
     add("--gang", type=int, help="workers of the large job")
     add("--fleet", type=int, help="jobs of the fleet")
     add("--idle", type=float, help="seconds that the fleet is watched while idle")
     asked = parser.parse_args()
-    large, small = ((100, 500, 1000), 3, 100, 500, 1000, 330.0), ((50, 150), 2, 25, 200, 200, 20.0)
-    names = ("jobs", "rounds", "times", "gang", "fleet", "idle")
+    large = ((100, 500, 1000), ("live", "still"), 3, 100, 500, 1000, 330.0)
+    small = ((50, 150), ("live",), 2, 25, 200, 200, 20.0)
+    names = ("jobs", "pods", "rounds", "times", "gang", "fleet", "idle")
     for name, value in zip(names, large if asked.full else small, strict=True):
         if getattr(asked, name) is None:
             setattr(asked, name, value)
     return asked
 
 
-async def compare(
-    asked: argparse.Namespace, at: measures.Sides, say: Callable[[str], None]
-) -> None:
-    """The parts that need both sides."""
+async def one_by_one(asked: argparse.Namespace, at: measures.Sides, say: Say) -> None:
+    """The parts in which the bench moves each pod."""
     if "latency" in asked.only:
         say(report.latency(await measures.latencies(at, asked.times)))
-    if "burst" in asked.only:
-        say(report.bursts(await _bursts(asked, at)))
-    if "gang" in asked.only:
-        found = [await measures.gang(at, asked.gang) for _ in range(asked.rounds)]
-        say(report.gangs(asked.gang, found))
     if "replace" in asked.only:
         say(report.replaced(await measures.replacements(at, asked.times)))
     if "calls" in asked.only:
         say(report.requests(await measures.calls(at, 10)))
+
+
+async def many(asked: argparse.Namespace, kind: str, at: measures.Sides, say: Say) -> None:
+    """Many jobs at once, and one with many workers."""
+    if "burst" in asked.only:
+        say(report.bursts(kind, await _bursts(asked, at)))
+    if "gang" in asked.only:
+        found = [await measures.gang(at, asked.gang) for _ in range(asked.rounds)]
+        say(report.gangs(kind, asked.gang, found))
 
 
 async def _bursts(
@@ -77,24 +83,23 @@ async def _bursts(
             print(
                 f"{jobs} jobs: {ours.rate:.1f}/s, plain {plain.rate:.1f}/s, others "
                 f"{ours.others:.2f} and {plain.others:.2f} cores; {ours.passes:.1f} passes, "
-                f"{1000 * ours.operator_cpu / jobs:.0f} ms, {ours.calls}",
+                f"{report.cpu([ours])} ms, plain {report.cpu([plain])} ms, {ours.calls}",
                 file=sys.stderr,
             )
     return found
 
 
-async def _sides(
-    asked: argparse.Namespace, stage: stages.Stage, say: Callable[[str], None]
-) -> None:
-    operator = stage.operator(stages.OURS)
-    with stages.running(operator):
+async def _sides(asked: argparse.Namespace, stage: stages.Stage, say: Say) -> None:
+    with stages.running(stage.operator()) as operator:
         async with measures.sides(stage, operator) as at:
-            await compare(asked, at, say)
+            await one_by_one(asked, at, say)
+        for kind in asked.pods:
+            async with measures.sides(stage, operator, KINDS[kind]) as at:
+                await many(asked, kind, at, say)
 
 
 async def _fleet(asked: argparse.Namespace, stage: stages.Stage) -> measures.Fleet:
-    operator = stage.operator(stages.FLEET)
-    with stages.running(operator):
+    with stages.running(stage.operator()) as operator:
         return await measures.fleet(stage, operator, asked.fleet, asked.idle)
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import ssl
+import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -80,8 +81,10 @@ class Client:
         """The pods of a namespace as they come and go."""
         pods = Pods()
         listed = await self.ask("GET", PODS.format(namespace) + "?limit=1")
-        version = listed["metadata"]["resourceVersion"]
-        watching = asyncio.create_task(self._watch(PODS.format(namespace), version, pods))
+        pods.version = listed["metadata"]["resourceVersion"]
+        watching = asyncio.create_task(self._follow(PODS.format(namespace), pods))
+        watching.add_done_callback(lambda _: pods.wake())
+        pods.watching = watching
         try:
             yield pods
         finally:
@@ -89,15 +92,21 @@ class Client:
             with contextlib.suppress(asyncio.CancelledError):
                 await watching
 
-    async def _watch(self, path: str, version: str, pods: "Pods") -> None:
-        query = f"?watch=1&resourceVersion={version}&timeoutSeconds=3600"
+    async def _follow(self, path: str, pods: "Pods") -> None:
+        """The API server ends a watch whose client falls behind: it goes on where it was."""
+        while True:
+            await self._watch(path, pods)
+            print(f"the watch of {path} goes on", file=sys.stderr)
+
+    async def _watch(self, path: str, pods: "Pods") -> None:
+        query = f"?watch=1&resourceVersion={pods.version}&timeoutSeconds=3600"
         async with self._session.get(path + query, headers={"Accept": _METADATA}) as answer:
+            answer.raise_for_status()
             buffer = b""
             async for part in answer.content.iter_any():
                 *lines, buffer = (buffer + part).split(b"\n")
                 for line in lines:
                     pods.heard(from_json(line))
-        raise RuntimeError("a watch of the bench ended early")
 
 
 class Pods:
@@ -109,10 +118,18 @@ class Pods:
         self.of_job: Counter[tuple[str, str]] = Counter()  # pods ever made, by job and role
         self.names: dict[tuple[str, str], list[str]] = {}
         self.on_made: Callable[[str, str, str], object] = lambda name, job, role: None
+        self.version = ""
+        self.watching: asyncio.Task[None] | None = None
         self._news = asyncio.Event()
 
+    def wake(self) -> None:
+        self._news.set()
+
     def heard(self, event: Mapping[str, Any]) -> None:
+        if event["type"] == "ERROR":
+            raise RuntimeError(f"a watch of the bench failed: {event}")
         about = event["object"]["metadata"]
+        self.version = about["resourceVersion"]
         name = about["name"]
         if event["type"] == "ADDED":
             self.made[name] = time.perf_counter()
@@ -131,6 +148,8 @@ class Pods:
         """Waits for news until `happened`. Returns the time; raises TimeoutError."""
         async with asyncio.timeout(PATIENCE_SECONDS):
             while not happened():
+                if self.watching is not None and self.watching.done():
+                    self.watching.result()
                 self._news.clear()
                 await self._news.wait()
         return time.perf_counter()

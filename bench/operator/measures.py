@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from arms import Arm, Ours, Plain, create_all
-from driver import COORDINATOR, PODS, READY, Client, Pods
-from stage import FLEET, OURS, PLAIN, Load, Measured, Stage
+from driver import COORDINATOR, PODS, Client, Pods
+from stage import FLEET, STILL, Load, Measured, Stage
 
 WORKERS = 4
 WORKER = "worker"
@@ -26,15 +26,20 @@ class Sides:
 
 
 @contextlib.asynccontextmanager
-async def sides(stage: Stage, operator: Measured) -> AsyncIterator[Sides]:
+async def sides(
+    stage: Stage, operator: Measured, namespaces: tuple[str, str] = STILL
+) -> AsyncIterator[Sides]:
     """Both arms, each in its namespace, watched."""
+    for_ours, for_plain = namespaces
     async with (
         Client(stage.plane) as client,
-        client.pods(OURS) as ours,
-        client.pods(PLAIN) as plain,
+        client.pods(for_ours) as ours,
+        client.pods(for_plain) as plain,
         asyncio.TaskGroup() as group,
     ):
-        yield Sides(Ours(client, OURS, ours, group), Plain(client, PLAIN, plain), operator, client)
+        yield Sides(
+            Ours(client, for_ours, ours, group), Plain(client, for_plain, plain), operator, client
+        )
 
 
 async def settled(operator: Measured) -> None:
@@ -102,12 +107,15 @@ async def _one_plain(at: Sides, job: str) -> float:
 
 @dataclass
 class Burst:
-    """One round of one arm. own, others: cores that the operator, and that others kept busy."""
+    """One round of one arm.
+
+    others: cores that other programs kept busy. cpu: seconds of the operator and of the API server.
+    """
 
     jobs: int
     seconds: float
     others: float
-    operator_cpu: float = 0.0
+    cpu: tuple[float, float] = (0.0, 0.0)
     passes: float = 0.0
     calls: dict[str, float] = field(default_factory=dict)
 
@@ -122,7 +130,7 @@ async def burst(at: Sides, arm: Arm, jobs: int) -> Burst:
     at.ours.eager = True
     already, wanted = len(pods.made), jobs * arm.pods_of(WORKERS)
     calls, passes = at.operator.calls(), at.operator.passes()
-    cpu = at.operator.cpu_seconds()
+    cpu = at.operator.cpu_seconds(), at.operator.api_cpu_seconds()
     with Load() as load:
         begun = time.perf_counter()
         creating = asyncio.create_task(
@@ -130,8 +138,8 @@ async def burst(at: Sides, arm: Arm, jobs: int) -> Burst:
         )
         done = await pods.until(lambda: len(pods.made) - already >= wanted)
         await creating
-        cpu = at.operator.cpu_seconds() - cpu
-    found = Burst(jobs, done - begun, load.others, cpu)
+        spent = at.operator.cpu_seconds() - cpu[0], at.operator.api_cpu_seconds() - cpu[1]
+    found = Burst(jobs, done - begun, load.others, spent)
     found.passes = (at.operator.passes() - passes) / jobs
     found.calls = per_job(calls, at.operator.calls(), jobs)
     at.ours.eager = False
@@ -225,7 +233,7 @@ async def _run(at: Sides, names: list[str]) -> None:
     at.ours.eager = False
     for job in names:
         for pod in pods.names[job, WORKER]:
-            await at.client.patch_pod(OURS, pod, READY)
+            await at.ours.make_ready(pod)
     await _until_phase(at, names, "Running")
     await settled(at.operator)
 
@@ -251,7 +259,7 @@ async def calls(at: Sides, count: int) -> dict[str, float]:
     await settled(at.operator)
     for job in names:  # the kubelets of the workers that were asked to go
         for pod in at.ours.pods.names[job, WORKER]:
-            path = f"{PODS.format(OURS)}/{pod}"
+            path = f"{PODS.format(at.ours.namespace)}/{pod}"
             with contextlib.suppress(RuntimeError):
                 await at.client.ask("DELETE", path, {"gracePeriodSeconds": 0})
     await settled(at.operator)

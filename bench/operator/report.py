@@ -1,6 +1,6 @@
 """The figures in words."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import median
 
 from measures import WORKERS, Burst, Fleet, Latencies, Replacements
@@ -45,7 +45,7 @@ def latency(found: Latencies) -> str:
     return table(["one job at a time", "times", "p50, s", "p99, s", "target"], rows)
 
 
-def bursts(found: dict[int, list[tuple[Burst, Burst]]]) -> str:
+def bursts(kind: str, found: dict[int, list[tuple[Burst, Burst]]]) -> str:
     rows = []
     first = median([ours.rate for ours, _ in found[min(found)]])
     for jobs, rounds in found.items():
@@ -60,25 +60,31 @@ def bursts(found: dict[int, list[tuple[Burst, Burst]]]) -> str:
                 _judge(median(ratios) >= 0.7),
                 f"{median(rates) / first:.2f}",
                 spread([ours.passes for ours, _ in rounds], 1),
-                f"{median(1000 * ours.operator_cpu / jobs for ours, _ in rounds):.0f}",
+                f"{cpu(ours for ours, _ in rounds)}; {cpu(plain for _, plain in rounds)}",
                 f"{max(each.others for pair in rounds for each in pair):.2f}",
             ]
         )
     head = [
-        "jobs at once",
+        f"jobs at once, pods {kind}",
         "jobs/s",
         "plain Jobs/s",
         "ratio",
         "target 0.7",
         f"of the rate at {min(found)}",
         "passes a job",
-        "operator's ms a job",
+        "operator + API server, CPU ms a job; plain",
         "other load, cores",
     ]
     return table(head, rows)
 
 
-def gangs(workers: int, found: Sequence[tuple[float, float]]) -> str:
+def cpu(rounds: Iterable[Burst]) -> str:
+    """Milliseconds a job of the operator and of the API server."""
+    both = [tuple(1000 * each / burst.jobs for each in burst.cpu) for burst in rounds]
+    return " + ".join(f"{median(each):.0f}" for each in zip(*both, strict=True))
+
+
+def gangs(kind: str, workers: int, found: Sequence[tuple[float, float]]) -> str:
     ratios = [plain / ours for ours, plain in found]
     row = [
         f"{workers}",
@@ -86,7 +92,12 @@ def gangs(workers: int, found: Sequence[tuple[float, float]]) -> str:
         spread([plain for _, plain in found]),
         f"{spread(ratios)}: {_judge(median(ratios) >= 1)}",
     ]
-    head = ["workers of one job", "from readiness, s", "plain Job, s", "speed, times the plain Job"]
+    head = [
+        f"workers of one job, pods {kind}",
+        "from readiness, s",
+        "plain Job, s",
+        "speed, times the plain Job",
+    ]
     return table(head, [row])
 
 

@@ -16,13 +16,20 @@ from testplane.plane import ControlPlane
 ROOT = Path(__file__).resolve().parents[2]
 CRD = ROOT / "crds" / "training.cptjob.io_cptjobs.yaml"
 
-#: Pods of namespaces that begin with "manual-" do only what the bench makes them do.
-OURS, PLAIN = "manual-cptjobs", "manual-plain"
+#: A namespace for each side. Still: pods do only what the bench makes them do. Live: they run as soon
+#: as they have a node, but for coordinators, which become ready when the bench says so.
+STILL = ("manual-cptjobs", "manual-plain")
+LIVE = ("live-cptjobs", "live-plain")
+MANUAL = (
+    '(.metadata.namespace | startswith("manual-")) or (.metadata.namespace == "live-cptjobs" and '
+    '.metadata.labels["training.cptjob.io/role"] == "coordinator")'
+)
 #: Here the pods run by themselves as soon as they have a node.
 FLEET = "fleet"
 NODES, PODS_PER_NODE = 16, 1000
 #: No reading of progress (the pods' addresses answer nothing), and no full list while one measures.
 SETTINGS = {
+    "watchedNamespaces": [],
     "leader": {"leaseSeconds": 15, "renewSeconds": 5.0},
     "timing": {"progressSeconds": 3600},
 }
@@ -37,10 +44,8 @@ class Stage:
     plane: ControlPlane
     folder: Path
 
-    def operator(self, namespace: str) -> RunningOperator:
-        return Measured(
-            self.plane, self.folder, namespace, identity=namespace, settings=dict(SETTINGS)
-        )
+    def operator(self) -> "Measured":
+        return Measured(self.plane, self.folder, FLEET, identity="bench", settings=dict(SETTINGS))
 
 
 class Measured(RunningOperator):
@@ -58,8 +63,11 @@ class Measured(RunningOperator):
         return tuple(int(lines[each].split()[0]) / 1024 for each in ("VmRSS", "VmHWM"))  # type: ignore[return-value]
 
     def cpu_seconds(self) -> float:
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return cpu_seconds(self.pid)
+
+    def api_cpu_seconds(self) -> float:
+        """Of the API server."""
+        return cpu_seconds(self.plane.daemons["kube-apiserver"].pid)
 
     def calls(self) -> dict[tuple[str, str, str], float]:
         """Requests so far, by verb, kind and code, without those for the lease."""
@@ -80,17 +88,23 @@ class Measured(RunningOperator):
         )
 
 
+def cpu_seconds(pid: int) -> float:
+    """Processor time that a process has spent."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 @contextlib.contextmanager
 def stage(folder: Path) -> Iterator[Stage]:
     """Ready for jobs; everything ends with the with statement."""
-    with ControlPlane(folder, node_grace_seconds=40) as plane, plane.api() as api:
+    with ControlPlane(folder, node_grace_seconds=40, manual=MANUAL) as plane, plane.api() as api:
         plane.kubectl("create", "-f", str(CRD))
         for path in ("", "/cptjobs"):
             found = f"/apis/training.cptjob.io/v1alpha1{path}"
             plane.wait(lambda path=found: plane.get(path)[0] == 200, f"{found} to be served")
         Nodes(plane, api).add(NODES, capacity={"pods": str(PODS_PER_NODE)})
         core = client.CoreV1Api(api)
-        for namespace in (OURS, PLAIN, FLEET):
+        for namespace in (*STILL, *LIVE, FLEET):
             _namespace(plane, core, namespace)
         yield Stage(plane, folder)
 
@@ -119,10 +133,11 @@ def _namespace(plane: ControlPlane, core: client.CoreV1Api, name: str) -> None:
 
 
 @contextlib.contextmanager
-def running(operator: RunningOperator) -> Iterator[RunningOperator]:
+def running(operator: Measured) -> Iterator[Measured]:
     """The operator leads; it is killed in the end."""
     try:
-        yield operator.start().wait_leading()
+        operator.start().wait_leading()
+        yield operator
     finally:
         operator.kill()
 
