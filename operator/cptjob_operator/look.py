@@ -10,7 +10,7 @@ from cptjob_api.conditions import Condition, Phase, Reason
 from cptjob_api.job import CPTJob
 from cptjob_api.spec import CPTJobSpec
 from cptjob_api.status import CPTJobStatus, NodeRanks, PodCounts
-from cptjob_operator import accounting, children, standing
+from cptjob_operator import accounting, children, placement, standing
 from cptjob_operator.gang import Gang
 from cptjob_operator.identity import Role, worker_selector
 from cptjob_operator.observed import Observed, Pod
@@ -76,6 +76,15 @@ class Look:
             self.observed.pods,
             self.observed.vanished,
         )
+
+    @cached_property
+    def avoided(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Nodes to avoid where possible, and at any price: never so many that too few are left."""
+        known = self.status.excluded_nodes
+        excluded = [each for each in known if each.until is None or each.until > self.now]
+        twice = [each.name for each in excluded if each.failures >= 2]
+        hard = placement.affordable(self.profile, self.gang.size, self.observed.nodes, twice)
+        return tuple(each.name for each in excluded if each.name not in hard), hard
 
     # --- what follows -------------------------------------------------------------------------
 

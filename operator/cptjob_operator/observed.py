@@ -74,6 +74,7 @@ class Pod:
     gpus: int
     image_id: str | None
     owner_uid: str | None
+    place: int = 0  # pods of a job that must share a node do so with those of the same place
 
     @property
     def finished(self) -> bool:

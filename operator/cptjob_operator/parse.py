@@ -12,7 +12,7 @@ from pydantic_core import to_json
 
 from cptjob_api.job import API_VERSION, KIND
 from cptjob_operator.children import HASH
-from cptjob_operator.identity import JOB_NAME, JOB_UID, PodId, base
+from cptjob_operator.identity import JOB_NAME, JOB_UID, PLACE, PodId, base
 from cptjob_operator.observed import (
     Child,
     Claim,
@@ -65,6 +65,7 @@ def pod(body: Mapping[str, Any]) -> Pod | None:
         gpus=_gpus(main),
         image_id=_name(own, "imageID") or None,
         owner_uid=owner_uid(body),
+        place=_place(_text(_map(about, "labels"), PLACE)),
     )
 
 
@@ -138,6 +139,10 @@ def gpus_of_any(body: Mapping[str, Any]) -> int:
 
 
 # --- parts of a pod ---
+
+
+def _place(text: str) -> int:
+    return int(text) if text.isascii() and text.isdecimal() else 0
 
 
 def _unschedulable(condition: Mapping[str, Any]) -> str | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cptjob_api.conditions import Reason
-from cptjob_operator.identity import JOB_UID, ROLE, Role
+from cptjob_operator.identity import JOB_UID, PLACE, ROLE, Role
 from cptjob_operator.observed import Node
 from cptjob_operator.profile import Placement, Profile
 
@@ -34,13 +34,13 @@ def worker_affinity(
     profile: Profile,
     uid: str,
     *,
-    together: bool,
+    place: int | None = None,
     soft: Collection[str] = (),
     hard: Collection[str] = (),
 ) -> dict[str, Any]:
     """Affinity of a worker.
 
-    together: it shares a node with the other pods of its job, as a ReadWriteOnce claim demands.
+    place: it shares a node with the pods of its job that have this place; None: with any.
     soft, hard: nodes to avoid where possible, and at any price.
     """
     affinity: dict[str, Any] = {"nodeAffinity": _nodes_of_workers(profile.placement, hard)}
@@ -52,21 +52,23 @@ def worker_affinity(
     if profile.placement.mode == "Manual":
         # One worker a node. The coordinator asks for little and may sit beside one.
         affinity["podAntiAffinity"] = _required(_pods_of(uid, role=Role.WORKER))
-    if together:
-        affinity["podAffinity"] = _required(_pods_of(uid))
+    if place is not None:
+        affinity["podAffinity"] = _required(_pods_at(uid, place))
     return affinity
 
 
-def coordinator_affinity(profile: Profile, uid: str, *, together: bool) -> dict[str, Any]:
+def coordinator_affinity(
+    profile: Profile, uid: str, *, place: int | None = None, hard: Collection[str] = ()
+) -> dict[str, Any]:
     """Affinity of a coordinator: away from the pool's nodes where possible.
 
-    Together with its worker it goes where the worker can go.
+    With a place, which it shares with its worker, it goes where the worker can go.
     """
-    if together:
+    if place is not None:
         return {
-            "nodeAffinity": _nodes_of_workers(profile.placement, ()),
-            # The first pod of a job finds no other, which the scheduler lets pass.
-            "podAffinity": _required(_pods_of(uid)),
+            "nodeAffinity": _nodes_of_workers(profile.placement, hard),
+            # The first pod of a place finds no other, which the scheduler lets pass.
+            "podAffinity": _required(_pods_at(uid, place)),
         }
     away = {"matchExpressions": [{"key": profile.placement.label_key, "operator": "DoesNotExist"}]}
     return {
@@ -142,6 +144,11 @@ def _name(operator: str, node: str) -> dict[str, Any]:
 
 def _pods_of(uid: str, role: Role | None = None) -> dict[str, Any]:
     labels = {JOB_UID: uid} | ({ROLE: str(role)} if role else {})
+    return {"labelSelector": {"matchLabels": labels}, "topologyKey": HOST_LABEL}
+
+
+def _pods_at(uid: str, place: int) -> dict[str, Any]:
+    labels = {JOB_UID: uid, PLACE: str(place)}
     return {"labelSelector": {"matchLabels": labels}, "topologyKey": HOST_LABEL}
 
 

@@ -20,6 +20,7 @@ from cptjob_operator.recovering import backing_off, failures, giving_back
 from cptjob_operator.settings import Settings
 from cptjob_operator.starting import placing, running, starting
 from cptjob_operator.suspending import suspension
+from cptjob_operator.together import moving
 from cptjob_operator.wanted import Event, Wanted
 
 Rule = Callable[[Look], Wanted | Look | None]
@@ -34,6 +35,7 @@ RULES: tuple[Rule, ...] = (
     suspension,
     failures,
     claims,
+    moving,
     preparation,
     giving_back,
     backing_off,

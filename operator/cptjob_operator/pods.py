@@ -9,7 +9,7 @@ from typing import Any
 
 from cptjob_api.job import CPTJob
 from cptjob_operator import placement
-from cptjob_operator.identity import PodId, base, owner
+from cptjob_operator.identity import PLACE, PodId, base, owner
 from cptjob_operator.profile import QUEUE_LABEL, VOLUMES, Profile, Resources
 
 Manifest = dict[str, Any]
@@ -36,9 +36,15 @@ _ENVIRONMENT = {
 }
 
 
-def coordinator(job: CPTJob, profile: Profile, pod_id: PodId) -> Manifest:
+def coordinator(
+    job: CPTJob,
+    profile: Profile,
+    pod_id: PodId,
+    place: int = 0,
+    excluded_hard: Collection[str] = (),
+) -> Manifest:
     """The pod that prepares data, hosts the store and serves progress. No queue and no GPU."""
-    together = _together(job, profile)
+    at = place if share_a_node(job, profile) else None
     arguments = ["--store-port", str(STORE_PORT), "--http-port", str(HTTP_PORT)]
     container = _container(profile, "cptjob_trainer.coordinator", arguments)
     container["resources"] = _resources(profile.coordinator)
@@ -49,11 +55,11 @@ def coordinator(job: CPTJob, profile: Profile, pod_id: PodId) -> Manifest:
     container["readinessProbe"] = _probe("/readyz", period=2, failures=3, timeout=5)
     # It answers while it prepares, if slowly: only a process that hangs is to be killed.
     container["livenessProbe"] = _probe("/healthz", period=20, failures=6, timeout=10, delay=30)
-    affinity = placement.coordinator_affinity(profile, pod_id.uid, together=together)
+    affinity = placement.coordinator_affinity(profile, pod_id.uid, place=at, hard=excluded_hard)
     spec = _spec(job, profile, container, affinity)
-    if together:
+    if at is not None:
         spec |= _selector(profile)
-    return _pod(job, pod_id, spec)
+    return _pod(job, pod_id, spec, _at(at))
 
 
 def worker(
@@ -62,6 +68,7 @@ def worker(
     pod_id: PodId,
     excluded_soft: Collection[str] = (),
     excluded_hard: Collection[str] = (),
+    place: int = 0,
 ) -> Manifest:
     """A pod that trains. Nodes that pods failed on are avoided where possible, or at any price."""
     name, uid = job.metadata.name, pod_id.uid
@@ -74,12 +81,9 @@ def worker(
     ]
     container = _container(profile, "cptjob_trainer.launch", arguments)
     container["resources"] = _resources(profile.worker)
+    at = place if share_a_node(job, profile) else None
     affinity = placement.worker_affinity(
-        profile,
-        uid,
-        together=_together(job, profile),
-        soft=excluded_soft,
-        hard=excluded_hard,
+        profile, uid, place=at, soft=excluded_soft, hard=excluded_hard
     )
     spec = _spec(job, profile, container, affinity) | _selector(profile)
     if profile.runtime_class_name:
@@ -88,7 +92,7 @@ def worker(
         spec["schedulerName"] = profile.scheduler_name
     if profile.pod_group:
         spec["schedulingGroup"] = {"podGroupName": profile.pod_group}
-    labels, annotations = dict(profile.labels), dict(profile.annotations)
+    labels, annotations = profile.labels | _at(at), dict(profile.annotations)
     if profile.queue:
         labels |= {
             QUEUE_LABEL: profile.queue,
@@ -98,9 +102,13 @@ def worker(
     return _pod(job, pod_id, spec, labels, annotations)
 
 
-def _together(job: CPTJob, profile: Profile) -> bool:
+def share_a_node(job: CPTJob, profile: Profile) -> bool:
     """Whether all pods go to one node: a ReadWriteOnce claim can be mounted on one only."""
     return job.spec.trainer.num_nodes == 1 and bool(profile.mounts)
+
+
+def _at(place: int | None) -> dict[str, str]:
+    return {} if place is None else {PLACE: str(place)}
 
 
 def _pod(

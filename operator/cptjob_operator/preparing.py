@@ -4,7 +4,7 @@ from dataclasses import replace
 from datetime import timedelta
 
 from cptjob_api.conditions import Phase, Reason
-from cptjob_operator import accept, outcomes, pods, restarts, waiting
+from cptjob_operator import accept, outcomes, pods, restarts, together, waiting
 from cptjob_operator.look import LOOK_AGAIN_SECONDS, Look
 from cptjob_operator.observed import Claim, Pod
 from cptjob_operator.wanted import Event, Wanted
@@ -114,7 +114,11 @@ def _make_coordinator(look: Look) -> Wanted:
     if refused is not None:
         phase = phase if look.ran else Phase.PENDING
         reason, message = refused.reason, refused.message
-    pod = pods.coordinator(look.job, look.profile, look.gang.coordinator_id)
+    pod = pods.coordinator(
+        *(look.job, look.profile, look.gang.coordinator_id),
+        place=together.place(look),
+        excluded_hard=look.avoided[1],
+    )
     return look.settle(
         Wanted(
             status=look.stand(phase, reason, message),

@@ -6,7 +6,7 @@ from typing import Any
 
 from cptjob_api.conditions import Condition, Phase, Reason
 from cptjob_api.status import CPTJobStatus
-from cptjob_operator import placement, pods, waiting
+from cptjob_operator import placement, pods, together, waiting
 from cptjob_operator.identity import PodId
 from cptjob_operator.look import LOOK_AGAIN_SECONDS, Look
 from cptjob_operator.observed import Pod
@@ -57,20 +57,9 @@ def running(look: Look) -> Wanted | None:
 
 
 def _make_workers(look: Look, missing: Iterable[PodId]) -> tuple[dict[str, Any], ...]:
-    soft, hard = _avoided(look)
-    return tuple(pods.worker(look.job, look.profile, each, soft, hard) for each in missing)
-
-
-def _avoided(look: Look) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Nodes to avoid where possible, and at any price: never so many that too few are left."""
-    excluded = [each for each in look.status.excluded_nodes if not _over(each.until, look.now)]
-    twice = [each.name for each in excluded if each.failures >= 2]
-    hard = placement.affordable(look.profile, look.gang.size, look.observed.nodes, twice)
-    return tuple(each.name for each in excluded if each.name not in hard), hard
-
-
-def _over(until: datetime | None, now: datetime) -> bool:
-    return until is not None and until <= now
+    soft, hard = look.avoided
+    at = together.place(look)
+    return tuple(pods.worker(look.job, look.profile, each, soft, hard, at) for each in missing)
 
 
 def _before_running(look: Look) -> Phase:
@@ -104,7 +93,7 @@ def _starting_status(look: Look, phase: Phase, late: list[Pod]) -> CPTJobStatus:
 
 def _explain(look: Look, message: str) -> str:
     """What the scheduler says, what the pool has, and which of its nodes are not wanted."""
-    hard = _avoided(look)[1]
+    hard = look.avoided[1]
     problems = placement.check(
         look.profile, look.gang.size, look.observed.nodes, look.observed.used_gpus, excluded=hard
     )

@@ -3,7 +3,6 @@
 However a life is disturbed, it must end as an undisturbed one does: see `picture`.
 """
 
-import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,14 +87,6 @@ class Life:
         self.run("worker", workers)
         self.wait(lambda: self.phase == "Running", "it to run")
 
-    def finish_what_leaves(self) -> None:
-        """Plays the kubelet of pods that were asked to go."""
-        for role in ("coordinator", "worker"):
-            for pod in self.world.pods(role):
-                if pod.metadata.deletion_timestamp is not None:
-                    with contextlib.suppress(client.exceptions.NotFoundException):
-                        self.world.kubelet.finish(self.world.namespace, pod.metadata.name)
-
     def edit(self, spec: dict[str, Any]) -> None:
         self.world.patch("job", {"spec": spec})
 
@@ -137,7 +128,7 @@ def is_suspended_and_goes_on(life: Life) -> None:
     life.edit({"suspend": True})
 
     def suspended() -> bool:
-        life.finish_what_leaves()
+        life.world.finish_what_leaves()
         return life.phase == "Suspended"
 
     life.wait(suspended, "it to be suspended")
@@ -155,7 +146,7 @@ def is_complete_and_goes(life: Life) -> None:
     life.edit({"ttlSecondsAfterFinished": 1})
 
     def gone() -> bool:
-        life.finish_what_leaves()
+        life.world.finish_what_leaves()
         return life.world.find("job") is None
 
     life.wait(gone, "it to go")

@@ -72,7 +72,7 @@ def test_a_gang_of_which_half_finds_nodes_leaves_them_to_others_and_tries_again(
     world.wait(lambda: world.told("wide", "StartupDeadlineExceeded", "Insufficient"), "giving back")
 
     def got_it() -> bool:
-        _finish(world, "wide")
+        world.finish_what_leaves("wide")
         return world.living("narrow")[0].spec.node_name == "node-0"
 
     world.wait(got_it, "the other job to get the node")
@@ -84,12 +84,6 @@ def test_a_gang_of_which_half_finds_nodes_leaves_them_to_others_and_tries_again(
         "nodes for both",
     )
     world.run("wide", 2)
-
-
-def _finish(world: World, name: str) -> None:
-    for pod in world.pods(job=name):
-        if pod.metadata.deletion_timestamp is not None:
-            world.kubelet.finish(world.namespace, pod.metadata.name)
 
 
 BROKEN = {
@@ -290,10 +284,7 @@ def test_the_number_of_workers_of_a_job_that_is_not_elastic_moves_only_while_it_
     world.patch("job", {"spec": {"suspend": True}})
 
     def suspended() -> bool:
-        for role in ("worker", "coordinator"):
-            for pod in world.pods(role):
-                if pod.metadata.deletion_timestamp is not None:
-                    world.kubelet.finish(world.namespace, pod.metadata.name)
+        world.finish_what_leaves()
         return world.status("job")["phase"] == "Suspended"
 
     world.wait(suspended, "it to be suspended")

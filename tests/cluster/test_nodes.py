@@ -205,6 +205,36 @@ def test_workers_of_a_lost_node_are_replaced_while_their_pods_still_hang_there(
     ), "by the operator, not by the garbage collector"
 
 
+def test_a_single_worker_is_replaced_elsewhere_with_its_coordinator_when_their_node_is_lost(
+    world: World, start: Start, nodes: Nodes
+) -> None:
+    """Both sit on one node, for the sake of volumes that only one node can mount."""
+    nodes.add(3)
+    start(settings=SOON).wait_leading()
+    world.create("job", 1, WHOLE)
+    world.prepare("job")
+    run_on(world, "job", 1)
+    (lost,) = on(world, "job")
+    (coordinator,) = world.pods("coordinator")
+    assert coordinator.spec.node_name == lost
+    nodes.lose(str(lost))
+    first = coordinator.metadata.name
+
+    def replaced() -> list[Any]:
+        return [
+            pod
+            for pod in world.pods("coordinator")
+            if pod.metadata.name != first and pod.spec.node_name
+        ]
+
+    world.wait(replaced, "another coordinator with a node")
+    world.kubelet.run(world.namespace, replaced()[0].metadata.name)
+    run_on(world, "job", 1)
+    (now,) = on(world, "job")
+    assert now == replaced()[0].spec.node_name != lost
+    assert world.status("job")["restartsCountTowardsMax"] == 0
+
+
 def _find(world: World, name: str) -> Any:
     return next((pod for pod in world.pods() if pod.metadata.name == name), None)
 
@@ -219,42 +249,65 @@ def test_a_node_where_pods_failed_twice_is_avoided_at_any_price_until_its_time_i
 ) -> None:
     nodes.add(1, prefix="anywhere", pool=None)
     nodes.add(1, prefix="bad")
+    nodes.add(1, prefix="fine")
+    start(settings=SOON).wait_leading()
+    world.create("job", 2, WHOLE)
+    world.prepare("job")
+    run_on(world, "job", 2)
+    _fail(world, "bad-0")
+    # There is no other, and it is better than none.
+    run_on(world, "job", 2)
+    assert set(on(world, "job")) == {"bad-0", "fine-0"}
+    nodes.add(1, prefix="full")
+    _take_gpus(world, "full-0")
+    last = world.status("job")["lastFailure"]["time"]
+    world.wait(lambda: _seconds_since(last) > 16, "a failure that is no part of the last one")
+    world.patch("job", {"spec": {"failurePolicy": {"excludedNodeTTLSeconds": 4}}})
+    _fail(world, "bad-0")
+    world.wait(world.finish_what_leaves, "the pods of the attempt before")
+    avoided = ("didn't match Pod's node affinity", "bad-0: avoided because pods failed")
+    world.wait(lambda: world.told("job", "Unschedulable", *avoided), "the node to be avoided")
+    (excluded,) = world.status("job")["excludedNodes"]
+    assert (excluded["name"], excluded["failures"]) == ("bad-0", 2)
+    world.wait(
+        lambda: set(on(world, "job")) == {"fine-0", None}, "one to wait, though bad-0 is free"
+    )
+    world.patch("job", {"spec": {"startupDeadlineSeconds": 5}})
+    world.wait(
+        lambda: world.finish_what_leaves() and set(on(world, "job")) == {"bad-0", "fine-0"},
+        "it to be tried again",
+    )
+    world.run("job", 2)
+
+
+def _fail(world: World, node: str) -> None:
+    """The worker on that node fails."""
+    (pod,) = [each for each in world.living("job") if each.spec.node_name == node]
+    before = world.status("job")["restarts"]
+    world.kubelet.exit(world.namespace, pod.metadata.name, 1, "boom")
+    world.wait(lambda: world.status("job")["restarts"] == before + 1, "the failure to be seen")
+
+
+def test_a_coordinator_leaves_a_node_that_is_avoided_for_its_only_worker(
+    world: World, start: Start, nodes: Nodes
+) -> None:
+    nodes.add(1, prefix="bad")
     start(settings=SOON).wait_leading()
     world.create("job", 1, WHOLE)
     world.prepare("job")
     run_on(world, "job", 1)
-    _fail(world)
-    # It is the only one, and better than none.
+    _fail(world, "bad-0")
     run_on(world, "job", 1)
-    assert on(world, "job") == ["bad-0"]
-    nodes.add(1, prefix="good")
-    _take_gpus(world, "good-0")
     last = world.status("job")["lastFailure"]["time"]
     world.wait(lambda: _seconds_since(last) > 16, "a failure that is no part of the last one")
-    world.patch("job", {"spec": {"failurePolicy": {"excludedNodeTTLSeconds": 4}}})
-    _fail(world)
-    avoided = (
-        "didn't match Pod's node affinity",
-        "bad-0: avoided because pods failed",
-    )
-    world.wait(lambda: world.says("job", "Unschedulable", *avoided), "the node to be avoided")
-    (excluded,) = world.status("job")["excludedNodes"]
-    assert (excluded["name"], excluded["failures"]) == ("bad-0", 2)
-    assert on(world, "job") == [None], "it waits, though bad-0 is free"
-    world.patch("job", {"spec": {"startupDeadlineSeconds": 5}})
+    nodes.add(1, prefix="good")
+    _fail(world, "bad-0")
+    moved = "another coordinator"
+    world.wait(lambda: "good-0" in [pod.spec.node_name for pod in world.pods("coordinator")], moved)
+    (now,) = [pod for pod in world.pods("coordinator") if pod.spec.node_name == "good-0"]
+    world.kubelet.run(world.namespace, now.metadata.name)
     run_on(world, "job", 1)
-    assert on(world, "job") == ["bad-0"]
-
-
-def _fail(world: World) -> None:
-    (pod,) = world.living("job")
-    world.kubelet.exit(world.namespace, pod.metadata.name, 1, "boom")
-    world.wait(
-        lambda: (
-            [each.metadata.name for each in world.living("job")] not in ([], [pod.metadata.name])
-        ),
-        "its replacement",
-    )
+    assert on(world, "job") == ["good-0"]
 
 
 def _seconds_since(time: str) -> float:

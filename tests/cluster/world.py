@@ -1,5 +1,6 @@
 """One namespace as a test of the operator sees it: its jobs, their objects, a kubelet by hand."""
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -163,6 +164,23 @@ class World:
             if pod.metadata.deletion_timestamp is None
             and pod.status.phase not in ("Succeeded", "Failed")
         ]
+
+    def finish_what_leaves(self, *jobs: str) -> bool:
+        """Plays the kubelet of pods that were asked to go; true when there was none.
+
+        jobs: whose; all when none is named.
+        """
+        leaving = [
+            pod.metadata.name
+            for role in ("coordinator", "worker")
+            for job in jobs or (None,)
+            for pod in self.pods(role, job)
+            if pod.metadata.deletion_timestamp is not None
+        ]
+        for name in leaving:
+            with contextlib.suppress(client.exceptions.NotFoundException):
+                self.kubelet.finish(self.namespace, name)
+        return not leaving
 
     def _coordinator(self, name: str) -> list[Any]:
         return self.pods("coordinator", name)

@@ -178,7 +178,7 @@ def name_is(operator: str, name: str) -> dict[str, Any]:
 
 
 def test_auto_demands_the_pool_and_its_products(auto: Profile) -> None:
-    (term,) = terms(placement.worker_affinity(auto, "1", together=False))
+    (term,) = terms(placement.worker_affinity(auto, "1"))
     assert term == {
         "matchExpressions": [
             {"key": POOL, "operator": "In", "values": ["gold"]},
@@ -188,7 +188,7 @@ def test_auto_demands_the_pool_and_its_products(auto: Profile) -> None:
 
 
 def test_manual_names_each_node_and_lets_one_worker_on_it(manual: Profile) -> None:
-    affinity = placement.worker_affinity(manual, "1", together=False)
+    affinity = placement.worker_affinity(manual, "1")
     assert [each["matchFields"] for each in terms(affinity)] == [
         [name_is("In", "a")],
         [name_is("In", "b")],
@@ -205,7 +205,7 @@ def test_manual_names_each_node_and_lets_one_worker_on_it(manual: Profile) -> No
 
 
 def test_a_node_that_failed_is_avoided_softly_and_then_by_demand(auto: Profile) -> None:
-    affinity = placement.worker_affinity(auto, "1", together=False, soft={"b", "a"}, hard={"c"})
+    affinity = placement.worker_affinity(auto, "1", soft={"b", "a"}, hard={"c"})
     (term,) = terms(affinity)
     assert term["matchFields"] == [name_is("NotIn", "c")]
     preferred = affinity["nodeAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
@@ -216,16 +216,16 @@ def test_a_node_that_failed_is_avoided_softly_and_then_by_demand(auto: Profile) 
 
 
 def test_of_named_nodes_one_that_failed_is_left_out_but_never_the_last(manual: Profile) -> None:
-    one = placement.worker_affinity(manual, "1", together=False, hard={"a"})
+    one = placement.worker_affinity(manual, "1", hard={"a"})
     assert [each["matchFields"] for each in terms(one)] == [[name_is("In", "b")]]
-    none = placement.worker_affinity(manual, "1", together=False, hard={"a", "b"})
+    none = placement.worker_affinity(manual, "1", hard={"a", "b"})
     assert len(terms(none)) == 2
 
 
 def test_the_coordinator_prefers_nodes_outside_of_pools_and_never_demands_one(
     auto: Profile,
 ) -> None:
-    affinity = placement.coordinator_affinity(auto, "1", together=False)
+    affinity = placement.coordinator_affinity(auto, "1")
     assert affinity == {
         "nodeAffinity": {
             "preferredDuringSchedulingIgnoredDuringExecution": [
@@ -239,13 +239,16 @@ def test_the_coordinator_prefers_nodes_outside_of_pools_and_never_demands_one(
 
 
 def test_pods_that_share_a_claim_go_where_the_worker_may_go(auto: Profile) -> None:
-    worker = placement.worker_affinity(auto, "1", together=True)
-    coordinator = placement.coordinator_affinity(auto, "1", together=True)
+    worker = placement.worker_affinity(auto, "1", place=3)
+    coordinator = placement.coordinator_affinity(auto, "1", place=3)
     assert terms(worker) == terms(coordinator)
     assert worker["podAffinity"] == coordinator["podAffinity"]
     (term,) = worker["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
-    # Either pod finds the other, whichever was there first.
-    assert term["labelSelector"]["matchLabels"] == {"training.cptjob.io/job-uid": "1"}
+    # Either pod finds the other, whichever was there first, and none that was left elsewhere.
+    assert term["labelSelector"]["matchLabels"] == {
+        "training.cptjob.io/job-uid": "1",
+        "training.cptjob.io/place": "3",
+    }
 
 
 def test_a_lost_node_is_tolerated_for_a_short_while_and_no_other_ill(accepted: Accept) -> None:

@@ -14,7 +14,7 @@ from cptjob_api.conditions import Condition, Phase
 from cptjob_api.job import CPTJob
 from cptjob_api.status import CPTJobStatus
 from cptjob_operator import children
-from cptjob_operator.identity import PodId, Role
+from cptjob_operator.identity import PLACE, PodId, Role
 from cptjob_operator.observed import (
     Child,
     Claim,
@@ -177,6 +177,7 @@ class World:
             gpus=0,
             image_id=None,
             owner_uid=UID,
+            place=int(manifest["metadata"]["labels"].get(PLACE, 0)),
         )
 
     # --- kubelet and scheduler ----------------------------------------------------------------

@@ -85,7 +85,11 @@ def _check(job: Any) -> None:
 @pytest.mark.parametrize("seed", range(HISTORIES))
 def test_a_job_survives_any_history(world: MakeWorld, seed: int) -> None:
     dice = random.Random(seed)
-    job = world(failurePolicy={"maxRestarts": dice.choice([0, 3, 1000])})
+    job = world(
+        failurePolicy={"maxRestarts": dice.choice([0, 3, 1000])},
+        # A single worker shares a node with its coordinator.
+        trainer={"numNodes": dice.choice([1, 2])},
+    )
     ended: Phase | None = None
     for _ in range(LENGTH):
         _anything(job, dice)

@@ -556,3 +556,41 @@ class TestClaims:
         assert job.condition(Condition.READY) == ("False", "WaitingForClaim")
         job.claims["results"] = Claim("results", shared)
         job.train()
+
+
+# --- pods that share a node ---
+
+
+def _place(pod: Any) -> str:
+    return str(pod["metadata"]["labels"]["training.cptjob.io/place"])
+
+
+def _made(wanted: Any) -> dict[str, Any]:
+    """The pods that are wanted, by role."""
+    pods = [each for each in wanted.objects if each["kind"] == "Pod"]
+    return {each["metadata"]["labels"]["training.cptjob.io/role"]: each for each in pods}
+
+
+def test_the_pods_of_a_lost_node_do_not_hold_those_that_come_after_them(world: MakeWorld) -> None:
+    job = world(trainer={"numNodes": 1})
+    job.settle()
+    job.change(job.pod(Role.COORDINATOR), node="lost")
+    job.train()
+    job.change(job.workers[0], node="lost")
+    # Asked to go one after the other; the node does not answer, so they stay.
+    job.change(job.pod(Role.COORDINATOR), deleting=job.now)
+    first = _made(job.step())
+    assert _place(first["coordinator"]) == "0", "it follows the worker, which still trains"
+    job.change(job.workers[0], deleting=job.now)
+    second = _made(job.step())
+    assert _place(second["coordinator"]) == "1"
+    assert job.status.incarnations[0].incarnation == 2
+
+
+def test_a_worker_goes_where_its_coordinator_is(world: MakeWorld) -> None:
+    job = world(trainer={"numNodes": 1})
+    made = _made(job.step())
+    assert _place(made["coordinator"]) == "0"
+    job.change(job.pod(Role.COORDINATOR), node="here")
+    job.get_ready(job.pod(Role.COORDINATOR))
+    assert _place(_made(job.step())["worker"]) == "0"
