@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import datetime
 
-from cptjob_api.conditions import Condition, Reason
+from cptjob_api.conditions import Condition, Phase, Reason
 from cptjob_api.job import CPTJob
 from cptjob_api.status import CPTJobStatus
 from cptjob_operator.endings import completion, deadline, finished, going, of_another
@@ -72,7 +72,10 @@ def plan(job: CPTJob, observed: Observed, settings: Settings, now: datetime) -> 
         return wanted
     if _like(job.status, wanted.status, _TIMES) == wanted.status:
         return replace(wanted, status=None)  # time alone is never worth a write
-    urgent = _like(job.status, wanted.status, (*_TIMES, *_COUNTS)) != wanted.status
+    may_wait: tuple[str, ...] = (*_TIMES, *_COUNTS)
+    if _begins_workers(job.status, wanted.status):
+        may_wait += ("phase", "conditions")
+    urgent = _like(job.status, wanted.status, may_wait) != wanted.status
     return replace(wanted, urgent=urgent)
 
 
@@ -87,6 +90,20 @@ def _decide(look: Look) -> Wanted:
             )
         look = answer or look
     raise AssertionError("the last rule decides always")
+
+
+def _begins_workers(before: CPTJobStatus, after: CPTJobStatus) -> bool:
+    """The first workers are made, and nothing else was decided.
+
+    Their names follow from what is in the status already, so that they need not wait for a write;
+    a moment later one write holds this and their counts. Writes of the status are the dearest.
+    """
+    ready = after.condition(Condition.READY)
+    return (
+        (before.phase, after.phase) == (Phase.PREPARING, Phase.STARTING)
+        and ready is not None
+        and ready.reason == Reason.STARTING
+    )
 
 
 def _obstacle(before: CPTJobStatus | None, after: CPTJobStatus | None) -> tuple[Event, ...]:
