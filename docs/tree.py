@@ -30,6 +30,7 @@ LINES = {
     "Makefile": "every command; `make` alone lists them",
     "README.md": "this page",
     "bench": "measurements, each against a peer in the same run",
+    "bench/operator": "the operator beside plain Jobs, on a real control plane",
     "charts": "what helm installs",
     "charts/cptjob-operator": "the operator's chart; its values come from the types",
     "client": "for a person or a script",

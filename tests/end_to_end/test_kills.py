@@ -36,5 +36,7 @@ def test_killed_at_any_moment_and_run_again_the_weights_are_the_same(
     assert code == 0, errors + job.logs()
     job.wait_for_silence()
     assert job.weights() == expected
-    assert job.checkpoints() == [8, 12]
+    # A client that is killed lets the workers save where they are; that one may be kept.
+    assert len(job.checkpoints()) == 2
+    assert job.checkpoints()[-1] == 12
     assert [line["step"] for line in job.metrics()] == list(range(1, 13))

@@ -132,7 +132,13 @@ def prepare_text(config: TrainerConfig, report: object, *, stop: object) -> obje
         directory = Path(config.paths.prepared) / "abc"
         model_fingerprint = "model"
         data_fingerprint = "data"
-        warnings = ("little data",)
         total_steps = 250
+
+        @property
+        def warnings(self) -> tuple[str, ...]:
+            """Read once, after preparing and before the store is hosted."""
+            if config.name.startswith("late-"):
+                os.kill(os.getpid(), signal.Signals[config.name.removeprefix("late-")])
+            return ("little data",)
 
     return Prepared()

@@ -8,6 +8,8 @@ import urllib.request
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 from cptjob_trainer.config import digest
 
 MakeJob = Callable[..., Any]
@@ -85,6 +87,13 @@ def test_broken_data_ends_it_with_65_before_any_worker(job: MakeJob) -> None:
     assert code == 65
     assert errors.strip() == "error: two files are broken"
     assert made.termination().reason == "DataError"
+    assert not (made.directory / "store.address").exists()
+
+
+@pytest.mark.parametrize("asked", ["SIGTERM", "SIGHUP"])
+def test_a_stop_between_preparing_and_the_store_is_heeded(asked: str, job: MakeJob) -> None:
+    made = job(f"late-{asked}")
+    assert made.end(_coordinate(made))[0] == 143
     assert not (made.directory / "store.address").exists()
 
 

@@ -75,8 +75,10 @@ class _Lifetime:
         self.stopping = not lifeline.follow_parent(signal.SIGHUP)
 
     def serving(self) -> None:
-        """From now on workers may depend on the store."""
+        """From now on workers may depend on the store. Raises Stopped when a stop came before."""
         self._preparing = False
+        if self.stopping:
+            raise Stopped("the coordinator was asked to stop")
 
     def _stop(self, _number: int, _frame: FrameType | None) -> None:
         self.stopping = True
