@@ -261,7 +261,12 @@ class Cluster:
         What the API server refuses is kept for the next pass. Raises the first other error, after
         everything else was tried.
         """
-        objects = [each for each in wanted.objects if each["kind"] != "Pod"]
+        refused = self._refused.get(job.metadata.uid or "", {})
+        objects = [
+            each
+            for each in wanted.objects
+            if each["kind"] != "Pod" and not self._too_soon(refused.get(each["kind"]))
+        ]
         pods = [each for each in wanted.objects if each["kind"] == "Pod"]
         await _each(wanted.deletions, lambda each: self._delete(job, each))
         await _each(objects, lambda each: self._make_child(job, each))
@@ -358,7 +363,7 @@ class Cluster:
         uid = job.metadata.uid or ""
         refusal = self._refused.get(uid, {}).get(kinds.POD.name)
         if refusal is not None:
-            if manifests and self._clock() < refusal.until:
+            if manifests and self._too_soon(refusal):
                 return False
             if manifests and not await self._make_pod(job, manifests[0]):
                 return False
@@ -394,6 +399,10 @@ class Cluster:
         refusal = _Refusal(message, self._clock() + REFUSED_SECONDS)
         self._refused.setdefault(uid, {})[kind.name] = refusal
         log.warning("%s refused: %s", kind.name, message)
+
+    def _too_soon(self, refusal: _Refusal | None) -> bool:
+        """What was refused a moment ago is not asked for again yet."""
+        return refusal is not None and self._clock() < refusal.until
 
     def _permit(self, uid: str, kind: kinds.Kind) -> None:
         refused = self._refused.get(uid)
