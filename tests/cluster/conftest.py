@@ -180,6 +180,12 @@ def make_world(plane: ControlPlane, api: client.ApiClient, manual_namespace: str
     return World(plane, api, manual_namespace)
 
 
+@pytest.fixture(name="lively_world")
+def make_lively_world(plane: ControlPlane, api: client.ApiClient, namespace: str) -> World:
+    """Its pods run by themselves, and go when they are deleted."""
+    return World(plane, api, namespace)
+
+
 @pytest.fixture(name="start")
 def make_start(
     plane: ControlPlane, world: World, tmp_path: Path
@@ -194,6 +200,36 @@ def make_start(
     yield start
     for each in started:
         each.kill()
+
+
+@pytest.fixture(scope="module", name="pool")
+def make_pool(plane: ControlPlane, api: client.ApiClient) -> Iterator[list[str]]:
+    """Nodes of the pool `default` for all tests of a module, with room for many pods."""
+    nodes = Nodes(plane, api)
+    yield nodes.add(3, pool="default", prefix="of-module")
+    nodes.clear()
+
+
+@pytest.fixture(scope="module", name="operator")
+def start_operator(
+    plane: ControlPlane,
+    pool: list[str],
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+) -> Iterator[RunningOperator]:
+    """One operator for all namespaces and all tests of a module.
+
+    A module's SETTINGS come in place of some of its own.
+    """
+    settings = {"watchedNamespaces": [], "pools": {"default": {}}}
+    operator = RunningOperator(
+        plane,
+        tmp_path_factory.mktemp("operator"),
+        "default",
+        settings=settings | getattr(request.module, "SETTINGS", {}),
+    )
+    yield operator.start().wait_leading()
+    operator.stop()
 
 
 @pytest.fixture(name="proxy")

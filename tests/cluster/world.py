@@ -1,6 +1,7 @@
 """One namespace as a test of the operator sees it: its jobs, their objects, a kubelet by hand."""
 
 import contextlib
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ OURS = "app.kubernetes.io/managed-by=cptjob-operator"
 
 
 class World:
-    """One namespace whose pods do only what the test makes them do, with its claims."""
+    """One namespace with its claims. In most, pods do only what the test makes them do."""
 
     def __init__(self, plane: ControlPlane, api: client.ApiClient, namespace: str) -> None:
         self.plane, self.namespace = plane, namespace
@@ -155,6 +156,22 @@ class World:
         for pod in self.living(name):
             self.kubelet.run(self.namespace, pod.metadata.name)
         self.wait(lambda: self.status(name).get("phase") == "Running", f"{name} to run")
+
+    def complete(self, name: str, report: Mapping[str, Any] | None = None) -> None:
+        """Its coordinator ends as one does whose model is written; `report` is its last word."""
+        said = {"exitCode": 0, "reason": "Complete", "message": json.dumps(report or {})}
+        (pod,) = self._coordinator(name)
+        self.kubelet.exit(self.namespace, pod.metadata.name, 0, json.dumps(said))
+
+    def suspend(self, name: str, on: bool = True) -> None:
+        """Returns when it is suspended; at once when it shall go on."""
+        self.patch(name, {"spec": {"suspend": on}})
+        if on:
+            self.wait(lambda: self._suspended(name), f"{name} to be suspended")
+
+    def _suspended(self, name: str) -> bool:
+        self.finish_what_leaves(name)
+        return self.status(name).get("phase") == "Suspended"
 
     def living(self, name: str) -> list[Any]:
         """The job's workers that have not ended and are not about to."""
