@@ -13,7 +13,7 @@ from pydantic_core import from_json
 
 from cptjob_operator import parse
 from cptjob_operator.children import PROFILE_FILE
-from cptjob_operator.identity import JobKey, PodId
+from cptjob_operator.identity import JobId, JobKey, PodId
 from cptjob_operator.observed import Child, Node, Pod
 
 #: Uids of pods that are gone, remembered so that a late answer does not bring one back.
@@ -34,6 +34,10 @@ class Job:
     phase: str
     excluded: int
 
+    @property
+    def id(self) -> JobId:
+        return JobId(self.key.namespace, self.uid)
+
 
 @dataclass(slots=True)
 class _Pods:
@@ -53,11 +57,11 @@ class Cache:
         self.jobs: dict[JobKey, Job] = {}
         self.nodes: dict[str, Node] = {}
         self._node_versions: dict[str, int] = {}
-        self._keys: dict[str, JobKey] = {}  # uid of a job -> where it is
-        self._pods: dict[str, _Pods] = {}  # uid of a job -> its pods
-        self._children: dict[str, dict[str, Child]] = {}  # uid of a job -> by kind
+        self._keys: dict[JobId, JobKey] = {}
+        self._pods: dict[JobId, _Pods] = {}
+        self._children: dict[JobId, dict[str, Child]] = {}  # by kind
         self._child_versions: dict[str, int] = {}
-        self._profiles: dict[str, str] = {}  # uid of a job -> its frozen profile, as JSON
+        self._profiles: dict[JobId, str] = {}  # frozen, as JSON
         self._graves: OrderedDict[str, None] = OrderedDict()
         self._asked: OrderedDict[str, None] = OrderedDict()
         self._job_graves: OrderedDict[str, None] = OrderedDict()
@@ -88,7 +92,7 @@ class Cache:
             str(status.get("phase") or ""),
             len(excluded) if isinstance(excluded, list) else 0,
         )
-        self._keys[uid] = key
+        self._keys[self.jobs[key].id] = key
         if not own:
             self.changed(key)
         return True
@@ -103,11 +107,11 @@ class Cache:
             self.changed(key)
 
     def _forget(self, job: Job) -> None:
-        self._keys.pop(job.uid, None)
-        self._pods.pop(job.uid, None)
-        for child in self._children.pop(job.uid, {}).values():
+        self._keys.pop(job.id, None)
+        self._pods.pop(job.id, None)
+        for child in self._children.pop(job.id, {}).values():
             self._child_versions.pop(child.uid, None)
-        self._profiles.pop(job.uid, None)
+        self._profiles.pop(job.id, None)
 
     def replace_jobs(self, seen: Mapping[JobKey, str], version: int) -> None:
         """`seen` (key -> uid) is everything that there was at `version`; all others are gone."""
@@ -122,7 +126,7 @@ class Cache:
         pod = parse.pod(body)
         if pod is None or pod.uid in self._graves:
             return False
-        pods = self._pods.setdefault(pod.id.uid, _Pods())
+        pods = self._pods.setdefault(pod.job, _Pods())
         known = pods.live.get(pod.uid)
         if known is not None and pod.version <= known.version:
             return False
@@ -139,9 +143,9 @@ class Cache:
         if pod is not None:
             self._bury_pod(pod)
 
-    def lost_pod(self, job_uid: str, pod_uid: str) -> None:
+    def lost_pod(self, job: JobId, pod_uid: str) -> None:
         """The API server says that there is no such pod."""
-        pods = self._pods.get(job_uid)
+        pods = self._pods.get(job)
         if pods is not None:
             pods.ghosts.pop(pod_uid, None)
             if pod_uid in pods.live:
@@ -153,7 +157,7 @@ class Cache:
 
     def _bury_pod(self, pod: Pod) -> None:
         _bury(self._graves, pod.uid)
-        pods = self._pods.get(pod.id.uid)
+        pods = self._pods.get(pod.job)
         if pods is None:
             return
         known = pods.live.pop(pod.uid, None)
@@ -167,8 +171,8 @@ class Cache:
                 while len(pods.vanished) > _VANISHED:
                     del pods.vanished[next(iter(pods.vanished))]
         self._asked.pop(pod.uid, None)
-        if not pods.live and pod.id.uid not in self._keys:
-            del self._pods[pod.id.uid]  # the garbage collector took the last pod of a deleted job
+        if not pods.live and pod.job not in self._keys:
+            del self._pods[pod.job]  # the garbage collector took the last pod of a deleted job
         self._tell(pod)
 
     def replace_pods(self, seen: Iterable[str], version: int) -> None:
@@ -180,20 +184,20 @@ class Cache:
                     self._bury_pod(pod)
 
     def _tell(self, pod: Pod) -> None:
-        key = self._keys.get(pod.id.uid)
+        key = self._keys.get(pod.job)
         if key is not None:
             self.changed(key)
 
-    def pods_of(self, job_uid: str) -> tuple[tuple[Pod, ...], frozenset[PodId]]:
+    def pods_of(self, job: JobId) -> tuple[tuple[Pod, ...], frozenset[PodId]]:
         """The job's pods, and the identities of those that went without an end."""
-        pods = self._pods.get(job_uid)
+        pods = self._pods.get(job)
         if pods is None:
             return (), frozenset()
         return (*pods.live.values(), *pods.ghosts.values()), frozenset(pods.vanished)
 
-    def seen(self, job_uid: str, pods: Iterable[Pod]) -> None:
+    def seen(self, job: JobId, pods: Iterable[Pod]) -> None:
         """A pass has done what follows from `pods`: the ghosts among them may rest."""
-        known = self._pods.get(job_uid)
+        known = self._pods.get(job)
         if known is not None and known.ghosts:
             for pod in pods:
                 known.ghosts.pop(pod.uid, None)
@@ -202,8 +206,8 @@ class Cache:
         for pods in self._pods.values():
             yield from pods.live.values()
 
-    def key_of(self, job_uid: str) -> JobKey | None:
-        return self._keys.get(job_uid)
+    def key_of(self, job: JobId) -> JobKey | None:
+        return self._keys.get(job)
 
     # --- nodes ---
 
@@ -246,44 +250,44 @@ class Cache:
     def put_child(self, kind: str, body: Mapping[str, Any]) -> None:
         """A ConfigMap, Service or NetworkPolicy of ours, from a list or an answer."""
         child, version = parse.child(kind, body), parse.version(body)
-        job_uid = parse.job_uid(body)
-        if job_uid is None or child.name != parse.child_name(body):
+        job = parse.job_id(body)
+        if job is None or child.name != parse.child_name(body):
             return
         if version < self._child_versions.get(child.uid, 0):
             return
         self._child_versions[child.uid] = version
-        self._children.setdefault(job_uid, {})[kind] = child
+        self._children.setdefault(job, {})[kind] = child
         data = body.get("data")
-        if kind == "ConfigMap" and isinstance(data, dict) and child.owner_uid == job_uid:
-            self._profiles[job_uid] = str(data.get(PROFILE_FILE) or "")
+        if kind == "ConfigMap" and isinstance(data, dict) and child.owner_uid == job.uid:
+            self._profiles[job] = str(data.get(PROFILE_FILE) or "")
 
-    def drop_child(self, job_uid: str, kind: str) -> None:
+    def drop_child(self, job: JobId, kind: str) -> None:
         """The API server says that there is no such child."""
-        child = self._children.get(job_uid, {}).pop(kind, None)
+        child = self._children.get(job, {}).pop(kind, None)
         if child is not None:
             self._child_versions.pop(child.uid, None)
         if kind == "ConfigMap":
-            self._profiles.pop(job_uid, None)
+            self._profiles.pop(job, None)
 
     def replace_children(self, kind: str, seen: Iterable[str], version: int) -> None:
         """`seen` are the uids of all children of that kind that there were at `version`."""
         uids = set(seen)
-        for job_uid, children in list(self._children.items()):
+        for job, children in list(self._children.items()):
             child = children.get(kind)
             if child is None or child.uid in uids:
                 continue
             if self._child_versions.get(child.uid, 0) <= version:
-                self.drop_child(job_uid, kind)
-                key = self._keys.get(job_uid)
+                self.drop_child(job, kind)
+                key = self._keys.get(job)
                 if key is not None:
                     self.changed(key)
 
-    def children_of(self, job_uid: str) -> tuple[Child, ...]:
-        return tuple(self._children.get(job_uid, {}).values())
+    def children_of(self, job: JobId) -> tuple[Child, ...]:
+        return tuple(self._children.get(job, {}).values())
 
-    def profile_of(self, job_uid: str) -> str | None:
+    def profile_of(self, job: JobId) -> str | None:
         """What was frozen at acceptance, as JSON."""
-        return self._profiles.get(job_uid)
+        return self._profiles.get(job)
 
 
 def document(job: Job) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from cptjob_operator.api_errors import (
     NotFound,
 )
 from cptjob_operator.events import Recorder
-from cptjob_operator.identity import JobKey
+from cptjob_operator.identity import JobId, JobKey
 from cptjob_operator.observed import Claim, Observed
 from cptjob_operator.profile import Profile
 from cptjob_operator.progress import Reports
@@ -101,16 +101,16 @@ class Cluster:
         if entry is None:
             return None
         job = self._parse(entry)
-        text = self._known.profile_of(entry.uid)
+        text = self._known.profile_of(entry.id)
         profile = Profile.from_json(text) if text is not None else None
         claims = await self._claims(job, profile)
         used = await self._used_gpus(job)
         # From here on nothing waits, so that all parts are of one moment.
-        pods, vanished = self._known.pods_of(entry.uid)
+        pods, vanished = self._known.pods_of(entry.id)
         return job, Observed(
             pods=pods,
             vanished=vanished,
-            children=self._known.children_of(entry.uid),
+            children=self._known.children_of(entry.id),
             profile=profile,
             used_gpus=used,
             nodes=MappingProxyType(self._known.nodes),
@@ -261,7 +261,8 @@ class Cluster:
         What the API server refuses is kept for the next pass. Raises the first other error, after
         everything else was tried.
         """
-        refused = self._refused.get(job.metadata.uid or "", {})
+        uid = job.metadata.uid or ""
+        refused = self._refused.get(uid, {})
         objects = [
             each
             for each in wanted.objects
@@ -270,9 +271,11 @@ class Cluster:
         pods = [each for each in wanted.objects if each["kind"] == "Pod"]
         await _each(wanted.deletions, lambda each: self._delete(job, each))
         await _each(objects, lambda each: self._make_child(job, each))
-        made = await self._make_pods(job, pods)
+        # Pods without their own configuration and fence would run with somebody's, or with none.
+        whole = self._refused.get(uid, {}).keys() <= {kinds.POD.name}
+        made = whole and await self._make_pods(job, pods)
         for event in wanted.events:
-            self.tell_of(_key(job), job.metadata.uid or "", event)
+            self.tell_of(_key(job), uid, event)
         return bool(wanted.deletions or objects or made)
 
     def tell_of(self, key: JobKey, uid: str, event: Event) -> None:
@@ -281,7 +284,7 @@ class Cluster:
 
     def seen(self, job: CPTJob, observed: Observed) -> None:
         """Everything that follows from `observed` is done."""
-        self._known.seen(job.metadata.uid or "", observed.pods)
+        self._known.seen(_id(job), observed.pods)
 
     def version(self, key: JobKey) -> str | None:
         """resourceVersion of the job, as far as it is known."""
@@ -298,7 +301,6 @@ class Cluster:
 
     async def _delete(self, job: CPTJob, what: Deletion) -> None:
         kind, namespace = kinds.kind(what.kind), job.metadata.namespace or ""
-        uid = job.metadata.uid or ""
         log.info("deleting %s %s: %s", what.kind, what.name, what.why)
         if kind is kinds.POD:
             self._known.asked_to_go(what.uid)
@@ -310,15 +312,15 @@ class Cluster:
             # Another object of that name; or something else was in the way of this one.
             if await self._uid_of(kind, namespace, what.name) == what.uid:
                 raise
-            self._was_gone(uid, kind, what, _key(job))
+            self._was_gone(job, kind, what)
             return
         except NotFound:
-            self._was_gone(uid, kind, what, _key(job))
+            self._was_gone(job, kind, what)
             return
         if kind is kinds.POD and answer.get("kind") == "Pod":
             self._known.put_pod(answer, own=True)
         elif kind in kinds.CHILDREN:
-            self._known.drop_child(uid, kind.name)
+            self._known.drop_child(_id(job), kind.name)
 
     async def _uid_of(self, kind: kinds.Kind, namespace: str, name: str) -> str | None:
         try:
@@ -326,19 +328,19 @@ class Cluster:
         except NotFound:
             return None
 
-    def _was_gone(self, job_uid: str, kind: kinds.Kind, what: Deletion, key: JobKey) -> None:
+    def _was_gone(self, job: CPTJob, kind: kinds.Kind, what: Deletion) -> None:
         """No such object, or another of that name."""
         if kind is kinds.POD:
-            self._known.lost_pod(job_uid, what.uid)
+            self._known.lost_pod(_id(job), what.uid)
         elif kind is kinds.JOB:
-            self._known.drop_job(key, what.uid)
+            self._known.drop_job(_key(job), what.uid)
         else:
-            self._known.drop_child(job_uid, kind.name)
+            self._known.drop_child(_id(job), kind.name)
 
     async def _make_child(self, job: CPTJob, manifest: Document) -> None:
         kind, namespace = kinds.kind_of(manifest), job.metadata.namespace or ""
         uid, name = job.metadata.uid or "", manifest["metadata"]["name"]
-        there = {each.kind: each for each in self._known.children_of(uid)}
+        there = {each.kind: each for each in self._known.children_of(_id(job))}
         try:
             if kind.name in there and there[kind.name].owner_uid == uid:
                 answer = await self._api.apply(kind, namespace, manifest)
@@ -414,6 +416,10 @@ class Cluster:
 
 def _key(job: CPTJob) -> JobKey:
     return JobKey(job.metadata.namespace or "", job.metadata.name)
+
+
+def _id(job: CPTJob) -> JobId:
+    return JobId(job.metadata.namespace or "", job.metadata.uid or "")
 
 
 def _failed(answer: asyncio.Future[Any]) -> bool:

@@ -7,7 +7,7 @@ two passes that want the same pod ask for the same name, and the API server lets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from cptjob_api.job import API_VERSION, GROUP, KIND
 
@@ -45,6 +45,15 @@ class JobKey:
 
     def __str__(self) -> str:
         return f"{self.namespace}/{self.name}"
+
+
+class JobId(NamedTuple):
+    """Which job an object is for. Anybody may write a job's uid into a label, but only in a
+    namespace where they have rights: so an object is for a job of its own namespace, or for none.
+    """
+
+    namespace: str
+    uid: str
 
 
 @dataclass(frozen=True, order=True, slots=True)

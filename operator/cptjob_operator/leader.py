@@ -79,6 +79,8 @@ class Leader:
                 if done:
                     acting.result()
                     raise RuntimeError("the work of the leader has ended")
+                if not self.leads():
+                    return  # what was held back meanwhile is to be done anew, even if we lead again
                 before = self._until
                 await self._try()
                 wait = self._renew_seconds if self._until > before else self._retry_seconds

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
-from cptjob_operator.identity import PodId, Role
+from cptjob_operator.identity import JobId, PodId, Role
 from cptjob_operator.profile import Profile
 from cptjob_trainer.config import AcceptedConfig
 from cptjob_trainer.termination import Termination
@@ -88,6 +88,10 @@ class Pod:
     @property
     def role(self) -> Role:
         return self.id.role
+
+    @property
+    def job(self) -> JobId:
+        return JobId(self.namespace, self.id.uid)
 
 
 @dataclass(frozen=True, slots=True)

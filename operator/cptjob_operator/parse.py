@@ -12,7 +12,7 @@ from pydantic_core import to_json
 
 from cptjob_api.job import API_VERSION, KIND
 from cptjob_operator.children import HASH
-from cptjob_operator.identity import JOB_NAME, JOB_UID, PLACE, PodId, base
+from cptjob_operator.identity import JOB_NAME, JOB_UID, PLACE, JobId, PodId, base
 from cptjob_operator.observed import (
     Child,
     Claim,
@@ -33,11 +33,14 @@ _MESSAGE_CHARACTERS = 4096
 
 
 def pod(body: Mapping[str, Any]) -> Pod | None:
-    """A pod of ours; None when its labels do not say who it is."""
+    """A pod of ours; None when its labels do not say who it is, or its name or owner disagrees."""
     about, spec, status = _map(body, "metadata"), _map(body, "spec"), _map(body, "status")
-    identity = PodId.of({k: v for k, v in _map(about, "labels").items() if isinstance(v, str)})
-    if identity is None:
+    labels = {k: v for k, v in _map(about, "labels").items() if isinstance(v, str)}
+    identity = PodId.of(labels)
+    if identity is None or identity.uid != owner_uid(body):
         return None
+    if _text(about, "name") != identity.name(labels.get(JOB_NAME, "")):
+        return None  # a copy that somebody made
     phase = _text(status, "phase")
     conditions = {_text(each, "type"): each for each in _maps(status, "conditions")}
     main = next(_maps(spec, "containers"), {})
@@ -120,9 +123,11 @@ def owner_uid(body: Mapping[str, Any]) -> str | None:
     return None
 
 
-def job_uid(body: Mapping[str, Any]) -> str | None:
-    """Uid of the job that an object of ours is for, as its label says."""
-    return _text(_map(_map(body, "metadata"), "labels"), JOB_UID) or None
+def job_id(body: Mapping[str, Any]) -> JobId | None:
+    """The job that an object of ours is for, as its label says."""
+    about = _map(body, "metadata")
+    uid = _text(_map(about, "labels"), JOB_UID)
+    return JobId(_name(about, "namespace"), uid) if uid else None
 
 
 def child_name(body: Mapping[str, Any]) -> str:

@@ -122,7 +122,7 @@ class Puller:
             self._outcome("invalid")
             return
         self._outcome("ok")
-        key = self._cache.key_of(pod.id.uid)
+        key = self._cache.key_of(pod.job)
         before = self._reports.get(pod.id.uid)
         if key is not None and (before is None or before.progress != said):
             self._reports.put(pod.id.uid, Report(said, datetime.now(UTC)))

@@ -36,7 +36,7 @@ class RunningOperator:
         self.plane, self.folder, self.namespace = plane, folder, namespace
         self.identity = identity
         self._kubeconfig = kubeconfig or plane.kubeconfig
-        self._metrics_port, self._probe_port = free_ports(2)
+        self.metrics_port, self._probe_port = free_ports(2)
         self._process: subprocess.Popen[bytes] | None = None
         self.log = folder / f"operator-{identity}.log"
         self._settings = folder / f"settings-{identity}.yaml"
@@ -49,7 +49,7 @@ class RunningOperator:
             "pools": {"pool-a": {}},
             "jobs": {"image": "test.invalid/trainer:1"},
             "leader": {"leaseSeconds": LEASE_SECONDS, "renewSeconds": 1.0},
-            "serving": {"metricsPort": self._metrics_port, "probePort": self._probe_port},
+            "serving": {"metricsPort": self.metrics_port, "probePort": self._probe_port},
             **more,
         }
 
@@ -138,7 +138,7 @@ class RunningOperator:
 
     def figures(self) -> dict[str, float]:
         """Everything at /metrics."""
-        code, text = self.get("metrics", self._metrics_port)
+        code, text = self.get("metrics", self.metrics_port)
         lines = [line.rsplit(" ", 1) for line in text.splitlines() if line[:1] not in ("", "#")]
         return {name: float(value) for name, value in lines} if code == 200 else {}
 

@@ -3,9 +3,10 @@
 import collections
 import json
 from collections.abc import Callable
+from datetime import UTC, datetime
 
 from kubernetes import client
-from running import RunningOperator
+from running import LEASE_SECONDS, RunningOperator
 from world import OURS, World
 
 from testplane.plane import ControlPlane
@@ -120,6 +121,7 @@ def test_what_belongs_to_others_is_not_touched(world: World, start: Start) -> No
     now = world.core.read_namespaced_pod(theirs.metadata.name, world.namespace)
     assert (now.metadata.uid, now.metadata.labels) == (theirs.metadata.uid, None)
     world.core.delete_namespaced_pod(theirs.metadata.name, world.namespace, grace_period_seconds=0)
+    world.core.delete_namespaced_service(name, world.namespace)
     world.wait(lambda: world.pods("coordinator"), "the job to go on")
 
 
@@ -140,6 +142,23 @@ def test_a_frozen_leader_has_no_effect_when_it_thaws(
     world.wait(lambda: first.figure("cptjob_leader") == 0, "the first one to see that it lost")
     second.wait_quiet()
     assert [(call.method, call.path) for call in proxy.writes] == []
+
+
+def test_a_leader_that_was_frozen_and_leads_again_does_what_it_missed(
+    world: World, start: Start
+) -> None:
+    operator = start().wait_leading()
+    operator.freeze()
+    world.create("job")
+    world.wait(lambda: _seconds_since_renewal(world) > LEASE_SECONDS, "its lease to lapse")
+    operator.thaw()
+    world.wait(lambda: world.pods("coordinator"), "the coordinator")
+
+
+def _seconds_since_renewal(world: World) -> float:
+    leases = client.CoordinationV1Api(world.core.api_client)
+    lease = leases.read_namespaced_lease("cptjob-operator", world.namespace)
+    return (datetime.now(UTC) - lease.spec.renew_time).total_seconds()
 
 
 def test_an_operator_that_ends_hands_over_at_once(world: World, start: Start) -> None:

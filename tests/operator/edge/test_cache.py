@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 
 from cptjob_operator.cache import Cache, document
-from cptjob_operator.identity import JobKey, PodId, Role
+from cptjob_operator.identity import JobId, JobKey, PodId, Role
 
 MakeBody = Callable[..., dict[str, Any]]
 UID = "3f0c8a52-7d1e-4a57-9d0a-6c1d2b3e4f50"
 KEY = JobKey("team", "job")
+JOB = JobId("team", UID)
 
 
 @pytest.fixture(name="told")
@@ -35,7 +36,7 @@ def test_the_newest_version_wins_in_any_order(pod_body: MakeBody, job_body: Make
         cache.put_job(job_body(1))
         for body in order:
             cache.put_pod(body)
-        (pod,), _ = cache.pods_of(UID)
+        (pod,), _ = cache.pods_of(JOB)
         assert (pod.version, pod.phase) == (11, "Failed")
 
 
@@ -45,7 +46,7 @@ def test_a_pod_is_told_of_only_when_something_changed_that_matters(
     assert cache.put_pod(pod_body(5))
     assert not cache.put_pod(pod_body(6, qosClass="Guaranteed"))
     assert told == [KEY]
-    (pod,), _ = cache.pods_of(UID)
+    (pod,), _ = cache.pods_of(JOB)
     assert pod.version == 6
 
 
@@ -63,20 +64,20 @@ def test_a_late_answer_does_not_bring_a_deleted_pod_back(cache: Cache, pod_body:
     cache.put_pod(pod_body(5))
     cache.drop_pod(pod_body(7))
     assert not cache.put_pod(pod_body(6))
-    assert cache.pods_of(UID)[0] == ()
+    assert cache.pods_of(JOB)[0] == ()
 
 
 def test_a_pod_that_went_without_an_end_has_vanished(cache: Cache, pod_body: MakeBody) -> None:
     cache.put_pod(pod_body(5))
     cache.drop_pod(pod_body(7))
-    assert cache.pods_of(UID) == ((), {PodId(UID, 0, Role.WORKER, 0, 0)})
+    assert cache.pods_of(JOB) == ((), {PodId(UID, 0, Role.WORKER, 0, 0)})
 
 
 def test_a_pod_that_we_deleted_has_not_vanished(cache: Cache, pod_body: MakeBody) -> None:
     cache.put_pod(pod_body(5))
     cache.asked_to_go("pod-0")
     cache.drop_pod(pod_body(7))
-    assert cache.pods_of(UID) == ((), frozenset())
+    assert cache.pods_of(JOB) == ((), frozenset())
 
 
 def test_the_end_of_a_pod_that_went_at_once_is_seen_by_one_pass(
@@ -84,11 +85,11 @@ def test_the_end_of_a_pod_that_went_at_once_is_seen_by_one_pass(
 ) -> None:
     cache.put_pod(pod_body(5))
     cache.drop_pod(pod_body(7, phase="Failed"))
-    pods, vanished = cache.pods_of(UID)
+    pods, vanished = cache.pods_of(JOB)
     assert [pod.phase for pod in pods] == ["Failed"]
     assert not vanished
-    cache.seen(UID, pods)
-    assert cache.pods_of(UID) == ((), frozenset())
+    cache.seen(JOB, pods)
+    assert cache.pods_of(JOB) == ((), frozenset())
 
 
 def test_what_a_list_no_longer_holds_has_gone_unless_it_is_newer(
@@ -98,7 +99,7 @@ def test_what_a_list_no_longer_holds_has_gone_unless_it_is_newer(
         cache.put_pod(pod_body(version, index))
     told.clear()
     cache.replace_pods({"pod-0"}, 10)
-    pods, vanished = cache.pods_of(UID)
+    pods, vanished = cache.pods_of(JOB)
     assert {pod.uid for pod in pods} == {"pod-0", "pod-2"}
     assert vanished == {PodId(UID, 0, Role.WORKER, 1, 0)}
     assert told == [KEY]
@@ -109,7 +110,7 @@ def test_a_job_of_the_same_name_is_another_job(
 ) -> None:
     cache.put_pod(pod_body(5))
     cache.put_job(job_body(9, uid="other"))
-    assert cache.pods_of(UID) == ((), frozenset())
+    assert cache.pods_of(JOB) == ((), frozenset())
     cache.drop_job(KEY, UID)  # the late event of the first one
     assert cache.jobs[KEY].uid == "other"
 
@@ -146,6 +147,7 @@ def _config_map(version: int, name: str = f"job-{UID[:5]}", **more: Any) -> dict
     return {
         "metadata": {
             "name": name,
+            "namespace": "team",
             "uid": f"uid-of-{name}",
             "resourceVersion": str(version),
             "labels": {"training.cptjob.io/job-name": "job", "training.cptjob.io/job-uid": UID},
@@ -157,12 +159,25 @@ def _config_map(version: int, name: str = f"job-{UID[:5]}", **more: Any) -> dict
 
 def test_the_frozen_profile_comes_from_the_jobs_own_config_map(cache: Cache) -> None:
     cache.put_child("ConfigMap", _config_map(4, name="of-somebody-with-our-labels"))
-    assert cache.profile_of(UID) is None
+    assert cache.profile_of(JOB) is None
     cache.put_child("ConfigMap", _config_map(5))
-    assert cache.profile_of(UID) == "{}"
+    assert cache.profile_of(JOB) == "{}"
     cache.replace_children("ConfigMap", (), 6)
-    assert cache.profile_of(UID) is None
-    assert cache.children_of(UID) == ()
+    assert cache.profile_of(JOB) is None
+    assert cache.children_of(JOB) == ()
+
+
+def test_what_another_namespace_says_of_a_job_is_not_about_it(
+    cache: Cache, told: list[JobKey], pod_body: MakeBody
+) -> None:
+    cache.put_child("ConfigMap", _config_map(5))
+    for forged in (_config_map(9, data={"profile.json": "forged"}), pod_body(9)):
+        forged["metadata"] |= {"namespace": "other", "uid": "forged"}
+        cache.put_child("ConfigMap", forged)
+        cache.put_pod(forged)
+    assert cache.profile_of(JOB) == "{}"
+    assert cache.pods_of(JOB) == ((), frozenset())
+    assert told == []
 
 
 def test_nothing_of_a_job_that_is_gone_is_kept(cache: Cache, pod_body: MakeBody) -> None:
@@ -171,6 +186,6 @@ def test_nothing_of_a_job_that_is_gone_is_kept(cache: Cache, pod_body: MakeBody)
     cache.drop_job(KEY, UID)
     cache.put_pod(pod_body(6, phase="Failed"))  # the garbage collector is at work
     cache.drop_pod(pod_body(7, phase="Failed"))
-    assert cache.pods_of(UID) == ((), frozenset())
-    assert cache.children_of(UID) == ()
+    assert cache.pods_of(JOB) == ((), frozenset())
+    assert cache.children_of(JOB) == ()
     assert list(cache.all_pods()) == []

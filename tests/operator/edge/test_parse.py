@@ -99,14 +99,28 @@ def test_a_pod_without_our_labels_is_none_of_ours(pod_body: MakePod) -> None:
     assert parse.pod(body) is None
 
 
+def test_a_copy_of_a_pod_and_one_without_its_job_are_none_of_ours(pod_body: MakePod) -> None:
+    assert parse.pod(pod_body()) is not None
+    copied, orphan = pod_body(), pod_body()
+    copied["metadata"]["name"] += "-debug"
+    orphan["metadata"]["ownerReferences"] = []
+    assert parse.pod(copied) is None
+    assert parse.pod(orphan) is None
+
+
 @given(_json, _json)
 def test_no_object_is_too_strange_to_be_read(spec: Any, status: Any) -> None:
-    labels = PodId(UID, 0, Role.WORKER, 0, 0).labels("job")
-    body = {"metadata": {"labels": labels, "name": "a"}, "spec": spec, "status": status}
+    identity = PodId(UID, 0, Role.WORKER, 0, 0)
+    about = {
+        "labels": identity.labels("job"),
+        "name": identity.name("job"),
+        "ownerReferences": [{"controller": True, "uid": UID}],
+    }
+    body = {"metadata": about, "spec": spec, "status": status}
     pod = parse.pod(body)
     assert pod is not None
     assert pod.phase in ("Pending", "Running", "Succeeded", "Failed", "Unknown")
-    assert parse.node(body).name == "a"
+    assert parse.node(body).name == identity.name("job")
 
 
 def test_a_node_that_is_out_of_service_is_fenced() -> None:
