@@ -154,9 +154,10 @@ class Look:
     def wait(
         self, phase: Phase, reason: Reason, message: str, seconds: float | None = None
     ) -> Wanted:
-        """Nothing to do but to say why."""
+        """Nothing to do but to say why, and to keep the job's objects as they should be."""
         again = None if seconds is None else self.now + timedelta(seconds=seconds)
-        return self.settle(Wanted(status=self.stand(phase, reason, message), again=again))
+        status = self.stand(phase, reason, message)
+        return self.settle(Wanted(status=status, objects=self.missing_children(), again=again))
 
     def fail(self, reason: Reason, message: str) -> Wanted:
         """The end without a model."""

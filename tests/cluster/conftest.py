@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from kubernetes import client, watch
 from lives import Live, living
+from rights import Audit
 from running import RunningOperator
 from world import World
 
@@ -26,6 +27,8 @@ GROUP = {"group": "training.cptjob.io", "version": "v1alpha1", "plural": "cptjob
 
 # Long enough for a loaded machine to renew the leases of its nodes, short enough to wait for.
 NODE_GRACE_SECONDS = 12
+# Off by default, and on in clusters that are run with care.
+PLUGIN = "--enable-admission-plugins=OwnerReferencesPermissionEnforcement"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -45,15 +48,24 @@ def make_report(pytestconfig: pytest.Config) -> binaries.Report:
     return report
 
 
+@pytest.fixture(scope="session", name="audit")
+def make_audit(tmp_path_factory: pytest.TempPathFactory) -> Audit:
+    return Audit(tmp_path_factory.mktemp("audit"))
+
+
 @pytest.fixture(scope="session", name="plane")
 def start_plane(
     tmp_path_factory: pytest.TempPathFactory,
     request: pytest.FixtureRequest,
     report: binaries.Report,
+    audit: Audit,
 ) -> Iterator[ControlPlane]:
     folder = tmp_path_factory.mktemp("plane")
     failed_before = request.session.testsfailed
-    with ControlPlane(folder, node_grace_seconds=NODE_GRACE_SECONDS, report=report) as plane:
+    flags = {"kube-apiserver": [PLUGIN, *audit.flags()]}
+    with ControlPlane(
+        folder, node_grace_seconds=NODE_GRACE_SECONDS, flags=flags, report=report
+    ) as plane:
         install_crd(plane)
         yield plane
     if request.session.testsfailed > failed_before:
