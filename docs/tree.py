@@ -18,6 +18,9 @@ PACKAGES = {
     "client/cptjob",
     "crds/cptjob_api",
     "operator/cptjob_operator",
+    "operator/cptjob_operator/edge",
+    "operator/cptjob_operator/objects",
+    "operator/cptjob_operator/plan",
     "trainer/cptjob_trainer",
 }
 COLUMN = 30
@@ -47,6 +50,9 @@ LINES = {
     "docs/decisions": "what was decided, and why",
     "operator": "what runs once in a cluster",
     "operator/cptjob_operator": "the operator: observe, plan, apply",
+    "operator/cptjob_operator/edge": "the API server and the coordinators; all I/O is here",
+    "operator/cptjob_operator/objects": "a job's pods and what stands beside them, as manifests",
+    "operator/cptjob_operator/plan": "what a job needs now: rules, and what they look at; no I/O",
     "pyproject.toml": "one project: extras, tools, who may import whom",
     "requirements": "what is installed, locked with hashes: run, dev, bench, operator, assets, go, uv",
     "tests": "by subject",
@@ -100,7 +106,9 @@ def shown() -> set[PurePosixPath]:
     paths: set[PurePosixPath] = set()
     for file in files():
         parts = file.parts
-        depth = 1 if parts[0] in CLOSED else 3 if "/".join(parts[:2]) in PACKAGES else 2
+        depth = 1 if parts[0] in CLOSED else 2
+        while "/".join(parts[:depth]) in PACKAGES:
+            depth += 1
         paths.update(PurePosixPath(*parts[:n]) for n in range(1, min(depth, len(parts)) + 1))
     return {path for path in paths if path.name != "__init__.py" and str(path) not in HIDDEN}
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import cptjob_operator.lean  # noqa: F401  (first)
 from cptjob_operator import logs, settings
-from cptjob_operator.login import LoginError
-from cptjob_operator.plan import plan
+from cptjob_operator.edge.login import LoginError
+from cptjob_operator.plan.rules import plan
 from cptjob_operator.run import Operator
 from cptjob_trainer.errors import CPTJobError
 

@@ -10,11 +10,11 @@ import aiohttp
 import kopf
 
 from cptjob_api.job import GROUP, PLURAL, VERSION
-from cptjob_operator.cache import Cache
-from cptjob_operator.freshness import Freshness
+from cptjob_operator.edge.cache import Cache
+from cptjob_operator.edge.freshness import Freshness
+from cptjob_operator.edge.kinds import JOB, NODE, POD
+from cptjob_operator.edge.login import Login
 from cptjob_operator.identity import OURS, JobKey
-from cptjob_operator.kinds import JOB, NODE, POD
-from cptjob_operator.login import Login
 
 #: Objects in one answer to a list; without it, 5,000 pods would be in memory at once.
 _CHUNK = 200

@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 
 from cptjob_api.conditions import Phase
 from cptjob_api.status import CPTJobStatus
-from cptjob_operator.cache import Cache
+from cptjob_operator.edge.cache import Cache
 from cptjob_operator.queue import Queue
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 20.0)

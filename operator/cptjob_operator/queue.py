@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 
-from cptjob_operator.api_errors import Throttled
+from cptjob_operator.edge.api_errors import Throttled
 from cptjob_operator.identity import JobKey
 
 #: First and longest wait after a pass that failed.

@@ -10,9 +10,9 @@ from cptjob_api.faults import explain
 from cptjob_api.fields import show
 from cptjob_api.job import CPTJob
 from cptjob_operator import logs
-from cptjob_operator.api import Document
-from cptjob_operator.api_errors import ApiError, NotLeader
-from cptjob_operator.cluster import Cluster, Stale, Unreadable
+from cptjob_operator.edge.api import Document
+from cptjob_operator.edge.api_errors import ApiError, NotLeader
+from cptjob_operator.edge.cluster import Cluster, Stale, Unreadable
 from cptjob_operator.identity import MANAGER, JobKey
 from cptjob_operator.metrics import Metrics
 from cptjob_operator.observed import Observed

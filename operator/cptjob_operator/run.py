@@ -12,19 +12,20 @@ from typing import Any
 
 import kopf
 
-from cptjob_operator import handlers, kinds
-from cptjob_operator.api import Api, Bucket
-from cptjob_operator.api_errors import ApiError
-from cptjob_operator.cache import Cache
-from cptjob_operator.cluster import Cluster
-from cptjob_operator.events import Recorder
-from cptjob_operator.freshness import Freshness
+from cptjob_operator import handlers
+from cptjob_operator.edge import kinds
+from cptjob_operator.edge.api import Api, Bucket
+from cptjob_operator.edge.api_errors import ApiError
+from cptjob_operator.edge.cache import Cache
+from cptjob_operator.edge.cluster import Cluster
+from cptjob_operator.edge.events import Recorder
+from cptjob_operator.edge.freshness import Freshness
+from cptjob_operator.edge.leader import Leader
+from cptjob_operator.edge.listing import Lister
+from cptjob_operator.edge.login import Login
+from cptjob_operator.edge.progress import Puller, Reports
 from cptjob_operator.identity import MANAGER
-from cptjob_operator.leader import Leader
-from cptjob_operator.listing import Lister
-from cptjob_operator.login import Login
 from cptjob_operator.metrics import Metrics, State
-from cptjob_operator.progress import Puller, Reports
 from cptjob_operator.queue import Queue
 from cptjob_operator.reconciler import Plan, Reconciler
 from cptjob_operator.serving import Probes, serve

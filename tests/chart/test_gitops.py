@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from cptjob_api.conditions import PHASES, Phase, PhaseRow, Reason
-from cptjob_operator.standing import conditions
+from cptjob_operator.plan.standing import conditions
 from helmchart import ROOT, Object
 from testplane import binaries
 

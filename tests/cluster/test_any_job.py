@@ -18,10 +18,10 @@ from running import RunningOperator
 from world import World
 
 from cptjob_api.job import CPTJob
-from cptjob_operator.accept import accept
 from cptjob_operator.identity import PodId, Role
 from cptjob_operator.observed import Observed, Pod
-from cptjob_operator.plan import plan
+from cptjob_operator.plan.accept import accept
+from cptjob_operator.plan.rules import plan
 from cptjob_operator.settings import Settings
 from job_cases import sound_job
 from testplane.plane import ControlPlane

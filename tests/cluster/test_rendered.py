@@ -10,9 +10,9 @@ from hypothesis import settings as hypothesis_settings
 from kubernetes import client
 
 from cptjob_api.job import CPTJob
-from cptjob_operator import children, pods
-from cptjob_operator.accept import Accepted, Refused, accept
 from cptjob_operator.identity import PodId, Role
+from cptjob_operator.objects import children, pods
+from cptjob_operator.plan.accept import Accepted, Refused, accept
 from cptjob_operator.settings import Network, Settings, parse
 from job_cases import sound_job
 from testplane.plane import ControlPlane

@@ -8,7 +8,7 @@ import yaml
 
 from cptjob_api.manifest import load_manifest
 from cptjob_api.unsupported import unsupported
-from cptjob_operator.accept import Accepted, accept
+from cptjob_operator.plan.accept import Accepted, accept
 from cptjob_operator.settings import Settings
 
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cptjob_api.job import CPTJob
-from cptjob_operator.accept import Accepted, accept
+from cptjob_operator.plan.accept import Accepted, accept
 from cptjob_operator.settings import Settings
 from job_cases import sound_job
 

@@ -8,9 +8,9 @@ import kopf
 import pytest
 from aiohttp import web
 
-from cptjob_operator.api import Api
+from cptjob_operator.edge.api import Api
+from cptjob_operator.edge.login import Login
 from cptjob_operator.identity import PodId, Role, owner
-from cptjob_operator.login import Login
 
 Document = dict[str, Any]
 UID = "3f0c8a52-7d1e-4a57-9d0a-6c1d2b3e4f50"

@@ -8,9 +8,9 @@ import kopf
 import pytest
 from aiohttp import web
 
-from cptjob_operator import api_errors, kinds
-from cptjob_operator.api import Api, Bucket
-from cptjob_operator.login import Login
+from cptjob_operator.edge import api_errors, kinds
+from cptjob_operator.edge.api import Api, Bucket
+from cptjob_operator.edge.login import Login
 
 Test = Callable[[Callable[[Any], Awaitable[None]]], None]
 

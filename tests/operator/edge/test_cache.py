@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cptjob_operator.cache import Cache, document
+from cptjob_operator.edge.cache import Cache, document
 from cptjob_operator.identity import JobId, JobKey, PodId, Role
 
 MakeBody = Callable[..., dict[str, Any]]

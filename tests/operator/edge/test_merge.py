@@ -5,7 +5,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cptjob_operator.merge import patch
+from cptjob_operator.edge.merge import patch
 
 _values = st.recursive(
     st.booleans() | st.integers(0, 3) | st.text("ab", max_size=2),

@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cptjob_operator import parse
+from cptjob_operator.edge import parse
 from cptjob_operator.identity import PodId, Role
 
 MakePod = Callable[..., dict[str, Any]]

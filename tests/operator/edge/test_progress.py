@@ -7,7 +7,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from cptjob_operator.progress import fetch
+from cptjob_operator.edge.progress import fetch
 
 Test = Callable[[Callable[[Any], Awaitable[None]]], None]
 

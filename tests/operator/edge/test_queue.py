@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from cptjob_operator.api_errors import Throttled
+from cptjob_operator.edge.api_errors import Throttled
 from cptjob_operator.identity import JobKey
 from cptjob_operator.queue import Queue
 

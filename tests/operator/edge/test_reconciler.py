@@ -9,13 +9,13 @@ import pytest
 from aiohttp import web
 
 from cptjob_api.job import CPTJob
-from cptjob_operator.cache import Cache
-from cptjob_operator.cluster import Cluster
-from cptjob_operator.events import Recorder
+from cptjob_operator.edge.cache import Cache
+from cptjob_operator.edge.cluster import Cluster
+from cptjob_operator.edge.events import Recorder
+from cptjob_operator.edge.progress import Reports
 from cptjob_operator.identity import JobKey
 from cptjob_operator.metrics import Metrics
 from cptjob_operator.observed import Observed
-from cptjob_operator.progress import Reports
 from cptjob_operator.reconciler import Plan, Reconciler
 from cptjob_operator.settings import Settings
 from cptjob_operator.wanted import Wanted

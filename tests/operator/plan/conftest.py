@@ -13,8 +13,8 @@ import pytest
 from cptjob_api.conditions import Condition, Phase
 from cptjob_api.job import CPTJob
 from cptjob_api.status import CPTJobStatus
-from cptjob_operator import children
 from cptjob_operator.identity import PLACE, PodId, Role
+from cptjob_operator.objects import children
 from cptjob_operator.observed import (
     Child,
     Claim,
@@ -26,7 +26,7 @@ from cptjob_operator.observed import (
     Report,
     Waiting,
 )
-from cptjob_operator.plan import plan
+from cptjob_operator.plan.rules import plan
 from cptjob_operator.profile import Profile
 from cptjob_operator.settings import Settings
 from cptjob_operator.wanted import Wanted

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from cptjob_api.status import CPTJobStatus, LastCheckpoint, ResolvedStatus
 from cptjob_operator.observed import Report
-from cptjob_operator.reported import read_report
+from cptjob_operator.plan.reported import read_report
 
 NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
 

@@ -6,11 +6,12 @@ from typing import Any
 
 from cptjob_api.conditions import Condition, Phase, Reason
 from cptjob_api.status import CPTJobStatus
-from cptjob_operator import placement, pods, together, waiting
 from cptjob_operator.identity import PodId
-from cptjob_operator.look import LOOK_AGAIN_SECONDS, Look
+from cptjob_operator.objects import placement, pods
 from cptjob_operator.observed import Pod
-from cptjob_operator.recovering import start_due
+from cptjob_operator.plan import together, waiting
+from cptjob_operator.plan.look import LOOK_AGAIN_SECONDS, Look
+from cptjob_operator.plan.recovering import start_due
 from cptjob_operator.wanted import Event, Wanted
 
 

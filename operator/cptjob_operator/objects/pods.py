@@ -8,8 +8,8 @@ from collections.abc import Collection
 from typing import Any
 
 from cptjob_api.job import CPTJob
-from cptjob_operator import placement
 from cptjob_operator.identity import PLACE, PodId, base, owner
+from cptjob_operator.objects import placement
 from cptjob_operator.profile import QUEUE_LABEL, VOLUMES, Profile, Resources
 
 Manifest = dict[str, Any]

@@ -11,9 +11,9 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from cptjob_operator import parse
-from cptjob_operator.children import PROFILE_FILE
+from cptjob_operator.edge import parse
 from cptjob_operator.identity import JobId, JobKey, PodId
+from cptjob_operator.objects.children import PROFILE_FILE
 from cptjob_operator.observed import Child, Node, Pod
 
 #: Uids of pods that are gone, remembered so that a late answer does not bring one back.

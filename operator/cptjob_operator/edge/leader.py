@@ -14,9 +14,9 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
-from cptjob_operator.api import Api, Document
-from cptjob_operator.api_errors import AlreadyExists, ApiError, Conflict, NotFound
-from cptjob_operator.kinds import LEASE
+from cptjob_operator.edge.api import Api, Document
+from cptjob_operator.edge.api_errors import AlreadyExists, ApiError, Conflict, NotFound
+from cptjob_operator.edge.kinds import LEASE
 
 log = logging.getLogger(__name__)
 

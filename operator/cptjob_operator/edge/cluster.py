@@ -15,9 +15,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from cptjob_api.job import CPTJob, ObjectMeta
 from cptjob_api.status import CPTJobStatus
-from cptjob_operator import cache, kinds, merge, parse
-from cptjob_operator.api import Api, Document
-from cptjob_operator.api_errors import (
+from cptjob_operator.edge import cache, kinds, merge, parse
+from cptjob_operator.edge.api import Api, Document
+from cptjob_operator.edge.api_errors import (
     AlreadyExists,
     ApiError,
     Conflict,
@@ -25,11 +25,11 @@ from cptjob_operator.api_errors import (
     Invalid,
     NotFound,
 )
-from cptjob_operator.events import Recorder
+from cptjob_operator.edge.events import Recorder
+from cptjob_operator.edge.progress import Reports
 from cptjob_operator.identity import JobId, JobKey
 from cptjob_operator.observed import Claim, Observed
 from cptjob_operator.profile import Profile
-from cptjob_operator.progress import Reports
 from cptjob_operator.wanted import Deletion, Event, Wanted
 
 log = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """Pods and the other objects of a job, whole: golden/CASE.yaml holds what is made for each case.
 
-`python tests/operator/test_pods.py` writes the golden files anew.
+`python tests/operator/objects/test_pods.py` writes the golden files anew.
 """
 
 import json
@@ -17,9 +17,9 @@ from hypothesis import settings as hypothesis_settings
 
 from cptjob_api.job import CPTJob
 from cptjob_api.kubeyaml import dump
-from cptjob_operator import children, pods
-from cptjob_operator.accept import Accepted, Refused, accept
 from cptjob_operator.identity import PodId, Role
+from cptjob_operator.objects import children, pods
+from cptjob_operator.plan.accept import Accepted, Refused, accept
 from cptjob_operator.profile import Profile
 from cptjob_operator.settings import Network, Settings, parse
 from cptjob_trainer.config import AcceptedConfig

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
 
-from cptjob_operator import kinds
-from cptjob_operator.api import Api, Document
-from cptjob_operator.api_errors import ApiError
-from cptjob_operator.cache import Cache
+from cptjob_operator.edge import kinds
+from cptjob_operator.edge.api import Api, Document
+from cptjob_operator.edge.api_errors import ApiError
+from cptjob_operator.edge.cache import Cache
 from cptjob_operator.identity import OURS, JobKey
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from typing import Literal
 from cptjob_api.conditions import Reason
 from cptjob_api.spec import FailurePolicy
 from cptjob_api.status import CPTJobStatus, ExcludedNode, LastFailure
-from cptjob_operator.outcomes import Outcome
+from cptjob_operator.plan.outcomes import Outcome
 from cptjob_operator.settings import Backoff, Settings
 
 Rung = Literal["pod", "gang"]

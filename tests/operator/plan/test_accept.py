@@ -10,7 +10,7 @@ from cptjob_api.conditions import Reason
 from cptjob_api.facts import ModelFacts
 from cptjob_api.job import CPTJob
 from cptjob_api.resolve import resolve, trainer_config
-from cptjob_operator.accept import CHECKS, Accepted, Refused, accept, too_many_checkpoints
+from cptjob_operator.plan.accept import CHECKS, Accepted, Refused, accept, too_many_checkpoints
 from cptjob_operator.profile import Mount, Profile
 from cptjob_operator.settings import Settings, parse
 from cptjob_trainer import presets

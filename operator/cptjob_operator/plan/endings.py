@@ -6,9 +6,9 @@ from datetime import timedelta
 from cptjob_api.conditions import Condition, Phase, Reason
 from cptjob_api.status import CPTJobStatus, Result
 from cptjob_operator.identity import MANAGER
-from cptjob_operator.look import Look, delete
 from cptjob_operator.observed import Pod, Report
-from cptjob_operator.reported import read_report
+from cptjob_operator.plan.look import Look, delete
+from cptjob_operator.plan.reported import read_report
 from cptjob_operator.wanted import Deletion, Event, Wanted
 from cptjob_trainer.termination import Termination
 

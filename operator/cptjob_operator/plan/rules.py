@@ -12,15 +12,15 @@ from datetime import datetime
 from cptjob_api.conditions import Condition, Phase, Reason
 from cptjob_api.job import CPTJob
 from cptjob_api.status import CPTJobStatus
-from cptjob_operator.endings import completion, deadline, finished, going, of_another
-from cptjob_operator.look import Look
 from cptjob_operator.observed import Observed
-from cptjob_operator.preparing import acceptance, claims, preparation
-from cptjob_operator.recovering import backing_off, failures, giving_back
+from cptjob_operator.plan.endings import completion, deadline, finished, going, of_another
+from cptjob_operator.plan.look import Look
+from cptjob_operator.plan.preparing import acceptance, claims, preparation
+from cptjob_operator.plan.recovering import backing_off, failures, giving_back
+from cptjob_operator.plan.starting import placing, running, starting
+from cptjob_operator.plan.suspending import suspension
+from cptjob_operator.plan.together import moving
 from cptjob_operator.settings import Settings
-from cptjob_operator.starting import placing, running, starting
-from cptjob_operator.suspending import suspension
-from cptjob_operator.together import moving
 from cptjob_operator.wanted import Event, Wanted
 
 Rule = Callable[[Look], Wanted | Look | None]

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import aiohttp
 
-from cptjob_operator.kinds import Kind
+from cptjob_operator.edge.kinds import Kind
 
 
 class Freshness:

@@ -4,9 +4,10 @@ from dataclasses import replace
 from datetime import timedelta
 
 from cptjob_api.conditions import Phase, Reason
-from cptjob_operator import accept, outcomes, pods, restarts, together, waiting
-from cptjob_operator.look import LOOK_AGAIN_SECONDS, Look
+from cptjob_operator.objects import pods
 from cptjob_operator.observed import Claim, Pod
+from cptjob_operator.plan import accept, outcomes, restarts, together, waiting
+from cptjob_operator.plan.look import LOOK_AGAIN_SECONDS, Look
 from cptjob_operator.wanted import Event, Wanted
 
 

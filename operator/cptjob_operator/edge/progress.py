@@ -17,7 +17,7 @@ from typing import Any
 
 import aiohttp
 
-from cptjob_operator.cache import Cache
+from cptjob_operator.edge.cache import Cache
 from cptjob_operator.identity import JobKey, Role
 from cptjob_operator.observed import Pod, Report
 

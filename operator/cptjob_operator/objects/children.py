@@ -11,7 +11,7 @@ from typing import Any
 
 from cptjob_api.job import GROUP, CPTJob
 from cptjob_operator.identity import JOB_UID, ROLE, Role, base, job_labels, owner
-from cptjob_operator.pods import HTTP_PORT, STORE_PORT
+from cptjob_operator.objects.pods import HTTP_PORT, STORE_PORT
 from cptjob_operator.profile import Profile
 from cptjob_operator.settings import Network
 from cptjob_trainer.config import AcceptedConfig

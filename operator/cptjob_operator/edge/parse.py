@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, cast, get_args
 from pydantic_core import to_json
 
 from cptjob_api.job import API_VERSION, KIND
-from cptjob_operator.children import HASH
 from cptjob_operator.identity import JOB_NAME, JOB_UID, PLACE, JobId, PodId, base
+from cptjob_operator.objects.children import HASH
 from cptjob_operator.observed import (
     Child,
     Claim,

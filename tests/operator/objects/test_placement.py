@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from cptjob_api.conditions import Reason
-from cptjob_operator import placement
-from cptjob_operator.accept import Accepted
+from cptjob_operator.objects import placement
+from cptjob_operator.objects.placement import check
 from cptjob_operator.observed import Node
-from cptjob_operator.placement import check
+from cptjob_operator.plan.accept import Accepted
 from cptjob_operator.profile import Profile
 from cptjob_operator.settings import parse
 

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 
 from cptjob_api.job import API_VERSION, GROUP, KIND
-from cptjob_operator.api import Api, Document
-from cptjob_operator.api_errors import ApiError
+from cptjob_operator.edge.api import Api, Document
+from cptjob_operator.edge.api_errors import ApiError
+from cptjob_operator.edge.kinds import EVENT
 from cptjob_operator.identity import MANAGER, JobKey
-from cptjob_operator.kinds import EVENT
 from cptjob_operator.wanted import Event
 
 log = logging.getLogger(__name__)

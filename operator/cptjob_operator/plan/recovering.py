@@ -4,10 +4,10 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 
 from cptjob_api.conditions import Condition, Phase, Reason
-from cptjob_operator import accounting, outcomes, restarts, waiting
-from cptjob_operator.gang import Gang, next_attempt
-from cptjob_operator.look import Look
 from cptjob_operator.observed import Pod
+from cptjob_operator.plan import accounting, outcomes, restarts, waiting
+from cptjob_operator.plan.gang import Gang, next_attempt
+from cptjob_operator.plan.look import Look
 from cptjob_operator.wanted import Event, Wanted
 
 

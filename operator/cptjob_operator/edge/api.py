@@ -13,9 +13,9 @@ from typing import Any, Literal, Protocol
 import aiohttp
 from pydantic_core import from_json, to_json
 
-from cptjob_operator.api_errors import NotLeader, Unavailable, refused
-from cptjob_operator.kinds import Kind
-from cptjob_operator.login import Login
+from cptjob_operator.edge.api_errors import NotLeader, Unavailable, refused
+from cptjob_operator.edge.kinds import Kind
+from cptjob_operator.edge.login import Login
 
 Document = dict[str, Any]
 Propagation = Literal["Background", "Foreground", "Orphan"]

@@ -1,8 +1,8 @@
 """The rule for a job that is asked to hold still. Pure."""
 
 from cptjob_api.conditions import Condition, Phase, Reason
-from cptjob_operator.gang import next_attempt
-from cptjob_operator.look import Look, delete
+from cptjob_operator.plan.gang import next_attempt
+from cptjob_operator.plan.look import Look, delete
 from cptjob_operator.wanted import Event, Wanted
 
 

@@ -10,12 +10,13 @@ from cptjob_api.conditions import Condition, Phase, Reason
 from cptjob_api.job import CPTJob
 from cptjob_api.spec import CPTJobSpec
 from cptjob_api.status import CPTJobStatus, NodeRanks, PodCounts
-from cptjob_operator import accounting, children, placement, standing
-from cptjob_operator.gang import Gang
 from cptjob_operator.identity import Role, worker_selector
+from cptjob_operator.objects import children, placement
 from cptjob_operator.observed import Observed, Pod
+from cptjob_operator.plan import accounting, standing
+from cptjob_operator.plan.gang import Gang
+from cptjob_operator.plan.reported import read_report
 from cptjob_operator.profile import Profile
-from cptjob_operator.reported import read_report
 from cptjob_operator.settings import Settings
 from cptjob_operator.wanted import Deletion, Event, Wanted
 

@@ -5,10 +5,10 @@ place are. When their node is lost or avoided, the next ones get another place: 
 would send them to the node where the old ones still hang.
 """
 
-from cptjob_operator import pods
 from cptjob_operator.identity import Role
-from cptjob_operator.look import Look
+from cptjob_operator.objects import pods
 from cptjob_operator.observed import Pod
+from cptjob_operator.plan.look import Look
 
 
 def place(look: Look) -> int:
