@@ -33,7 +33,8 @@ test: setup $(VENV)/.go ## run the tests (TESTS=tests/data narrows them)
 	$(bin)/python -m pytest $(TESTS)
 
 tools: $(VENV)/.go ## build Kubernetes' own programs for the tests, once (make test does it too)
-	@$(bin)/python tests/cluster/testplane/binaries.py
+	@PYTHONPATH=tests/cluster $(bin)/python -m testplane.binaries
+	@PYTHONPATH=tests/cluster $(bin)/python -m testplane.definitions
 
 soak: setup $(VENV)/.go ## run the long tests with full counts
 	$(bin)/python -m pytest -m soak $(TESTS)

@@ -118,6 +118,13 @@ class Monitor(Strict):
     labels: Labels = Field(default={}, description="Labels that a Prometheus selects by.")
 
 
+class Rules(Strict):
+    """Alerts of the Prometheus operator, whose definitions have to be there."""
+
+    enabled: bool = Field(default=False, description="Whether to make it.")
+    labels: Labels = Field(default={}, description="Labels that a Prometheus selects by.")
+
+
 class Metrics(Strict):
     """How Prometheus finds the figures of the operator and of jobs."""
 
@@ -133,6 +140,11 @@ class Metrics(Strict):
     job_pod_monitor: Monitor = Field(
         default=Monitor(),
         description="PodMonitor for the coordinators of jobs: steps, loss, tokens per second.",
+    )
+    rules: Rules = Field(
+        default=Rules(),
+        description="PrometheusRule: alerts about the operators and about jobs; they need the "
+        "figures of the operators, by serviceMonitor or podMonitor.",
     )
 
 

@@ -2,7 +2,7 @@
 
 import json
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ import yaml
 from cptjob_api.conditions import PHASES, Phase, PhaseRow, Reason
 from cptjob_operator.plan.standing import conditions
 from helmchart import ROOT, Object
-from testplane import binaries
+from testplane import binaries, definitions
+from testplane.plane import ControlPlane, KubectlError
 
 ARGO = ROOT / "deploy" / "argocd" / "argocd-cm.yaml"
+ARGO_JOBS = ROOT / "deploy" / "argocd" / "jobs.yaml"
 FLUX = ROOT / "deploy" / "flux" / "jobs.yaml"
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 ARGO_WORDS = {"Current": "Healthy", "InProgress": "Progressing", "Failed": "Degraded"}
@@ -134,3 +136,40 @@ def test_flux_judges_cptjobs_and_waits_for_them() -> None:
     (check,) = spec["healthCheckExprs"]
     assert (check["apiVersion"], check["kind"]) == ("training.cptjob.io/v1alpha1", "CPTJob")
     assert spec["wait"] is True
+
+
+# --- the objects of GitOps tools, by their own definitions ----------------------------------------
+
+
+@pytest.fixture(scope="module", name="tools")
+def install_definitions(plane: ControlPlane) -> Iterator[ControlPlane]:
+    """A cluster with the definitions of Flux and Argo CD, and their namespaces."""
+    namespaces = ("argocd", "flux-system")
+    with definitions.installed(plane, ["flux-source", "flux-kustomize", "argo"]):
+        for name in namespaces:
+            plane.kubectl("create", "namespace", name)
+        yield plane
+        plane.kubectl("delete", "namespace", *namespaces)
+
+
+def try_out(plane: ControlPlane, found: Object) -> str:
+    """What `kubectl apply` would do. Raises KubectlError with what the API server has against it."""
+    how = ("apply", "--server-side", "--dry-run=server", "--validate=strict", "-f", "-")
+    return plane.kubectl(*how, stdin=yaml.safe_dump(found))
+
+
+OBJECTS = {
+    f"{path.parent.name} {each['kind']}": each
+    for path in (ARGO, ARGO_JOBS, FLUX)
+    for each in yaml.safe_load_all(path.read_text("utf-8"))
+}
+
+
+@pytest.mark.parametrize("found", OBJECTS.values(), ids=OBJECTS)
+def test_the_tools_definitions_take_each_object_and_know_each_of_its_fields(
+    found: Object, tools: ControlPlane
+) -> None:
+    assert "serverside-applied" in try_out(tools, found)
+    if "spec" in found:
+        with pytest.raises(KubectlError, match="targetNamespaces"):
+            try_out(tools, found | {"spec": found["spec"] | {"targetNamespaces": ["a"]}})

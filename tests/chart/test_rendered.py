@@ -33,6 +33,7 @@ EVERYTHING: Values = {
         "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
         "podMonitor": {"enabled": True},
         "jobPodMonitor": {"enabled": True, "interval": "1m"},
+        "rules": {"enabled": True, "labels": {"release": "prometheus"}},
     },
     "dashboard": {"enabled": True, "annotations": {"grafana_folder": "Training"}},
     "commonLabels": {"team": "platform"},
@@ -84,7 +85,7 @@ def test_what_is_switched_off_is_not_there(values: Values, gone: set[str], helm:
 
 def test_everything_together_is_rendered(helm: Helm) -> None:
     objects = helm.template(EVERYTHING)
-    assert objects.kinds == ALWAYS | {"ServiceMonitor", "PodMonitor"}
+    assert objects.kinds == ALWAYS | {"ServiceMonitor", "PodMonitor", "PrometheusRule"}
     assert all(each["metadata"]["labels"]["team"] == "platform" for each in objects)
     pod = objects.pod()
     assert pod["priorityClassName"] == "system-cluster-critical"

@@ -38,12 +38,14 @@ class Group:
     module: the Go module whose version is theirs.
     programs: import path of each program, by the name that it gets.
     stamps: variables of the linker that take the version, so that the programs tell it.
+    tags: build tags.
     """
 
     name: str
     module: str
     programs: dict[str, str]
     stamps: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -60,7 +62,8 @@ class Group:
     @property
     def flags(self) -> list[str]:
         stamps = " ".join(f"-X {variable}={self.version}" for variable in self.stamps)
-        return ["-mod=readonly", "-trimpath", "-buildvcs=false", f"-ldflags=-s -w {stamps}"]
+        plain = ["-mod=readonly", "-trimpath", "-buildvcs=false", f"-ldflags=-s -w {stamps}"]
+        return [*plain, f"-tags={','.join(self.tags)}"] if self.tags else plain
 
     @property
     def key(self) -> str:
@@ -91,6 +94,13 @@ GROUPS = {
             "helm.sh/helm/v4",
             {"helm": "helm.sh/helm/v4/cmd/helm"},
             ("helm.sh/helm/v4/internal/version.version",),
+        ),
+        Group(
+            "promtool",
+            "github.com/prometheus/prometheus",
+            {"promtool": "github.com/prometheus/prometheus/cmd/promtool"},
+            ("github.com/prometheus/common/version.Version",),
+            ("remove_all_sd",),
         ),
         Group(  # our own programs around what GitOps tools judge objects with
             "health",
