@@ -3,6 +3,7 @@
 import os
 import signal
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,24 @@ def test_a_stop_lets_all_workers_save_and_exits_143(job: MakeJob, number: signal
     assert made.notes("saved") == ["saved.0.0", "saved.1.0"]
     assert made.termination().reason == "Stopped"
     assert "error" not in errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_after_the_workers_have_ended_well_changes_nothing(
+    job: MakeJob, number: signal.Signals
+) -> None:
+    made = job("told")
+    launchers = [made.launch("--nnodes", "2", "--nproc-per-node", "1") for _ in range(2)]
+    made.wait_until(lambda: len(made.notes("training")) == 2, "both workers run")
+    pid = int((made.output / "training.0.0").read_text())
+    (first,) = (each for each in launchers if pid in made.descendants(each.pid))
+    (made.output / "end.0").touch()
+    made.wait_until(lambda: not made.is_alive(pid), "the worker of rank 0 has ended")
+    # It now waits for the other launcher.
+    time.sleep(1.0)
+    first.send_signal(number)
+    (made.output / "end.1").touch()
+    assert [made.end(each)[0] for each in launchers] == [0, 0]
 
 
 def test_a_signal_to_the_whole_group_still_lets_workers_save(job: MakeJob) -> None:

@@ -149,6 +149,8 @@ class Agent(SimpleElasticAgent):
 
     def handle_signal(self, number: int, _frame: FrameType | None = None) -> None:
         """Handler of SIGTERM and SIGINT. The second SIGINT does not wait for the workers."""
+        if self.termination is not None and self.termination.exit_code == 0:
+            return  # all workers have ended well: nothing is left to stop
         if self.stop_requested and number == signal.SIGINT:
             self._kill_at = time.monotonic()
         self.stop_requested = True

@@ -80,6 +80,11 @@ class _Lifetime:
         if self.stopping:
             raise Stopped("the coordinator was asked to stop")
 
+    def over(self) -> None:
+        """From now on a stop changes nothing: the job has ended, and it is known how."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+
     def _stop(self, _number: int, _frame: FrameType | None) -> None:
         self.stopping = True
         if not self._preparing:
@@ -211,6 +216,7 @@ def _serve(host: "TCPStore", server: ProgressServer, lifetime: _Lifetime) -> Non
             ended = Termination.from_json(host.get(store.DONE_KEY).decode())
             last = _final(server.current(), ended)
             server.update(last)
+            lifetime.over()
             _say_how_it_ended(last, ended)
             # Whoever watches the progress gets to see the end of it.
             time.sleep(2 * _POLL_SECONDS)

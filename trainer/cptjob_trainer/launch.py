@@ -121,6 +121,11 @@ def _launch(options: argparse.Namespace) -> Termination:
         raise Stopped("stopped while no worker ran; the same command continues") from None
 
 
+def _ignore_stops() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _stop_early(_number: int, _frame: FrameType | None) -> None:
     raise _StopBeforeAgent
 
@@ -210,6 +215,8 @@ def _run_agent(
     try:
         ended = _outcome(agent, client, lost)
     finally:
+        # How the job ended is known; to tell it takes no time and is not to be stopped.
+        _ignore_stops()
         threading.Thread(target=handler.shutdown, daemon=True).start()
     _announce(client, ended)
     return ended
