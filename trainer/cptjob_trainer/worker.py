@@ -8,6 +8,8 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -44,14 +46,23 @@ def main(config_path: str) -> None:
     prepared = load_prepared(Path(os.environ[PREPARED_VARIABLE]))
     device = _device()
     _make_repeatable(config)
+    with process_group(world, device):
+        _train(config, prepared, Runtime.of(config.training, rank, world, device), stop)
+
+
+@contextmanager
+def process_group(world: int, device: torch.device) -> Iterator[None]:
+    """The group of all ranks, where there are others.
+
+    It is destroyed only where all ranks come to the end. After an error the others may stand in a
+    collective, and to destroy the group could wait for them; the end of this process wakes them.
+    """
     if world > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
-    try:
-        _train(config, prepared, Runtime.of(config.training, rank, world, device), stop)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    yield
+    if world > 1:
+        dist.destroy_process_group()
 
 
 def _log_to_stderr(rank: int) -> None:
