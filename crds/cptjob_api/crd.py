@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from cptjob_api.fields import parts
 from cptjob_api.job import GROUP, KIND, PLURAL, VERSION
 from cptjob_api.kubeyaml import dump
-from cptjob_api.rules import RULES, TRANSITIONS, Rule, Transition
+from cptjob_api.rules import RULES, Rule, transition_cel
 from cptjob_api.spec import QUANTITY_PATTERN, CPTJobSpec
 from cptjob_api.status import CPTJobStatus
 
@@ -102,8 +102,7 @@ def schema() -> Schema:
     for rule in RULES:
         if rule.cel is not None:
             _validations(_at(root, rule.at)).append(_static(rule))
-    for transition in TRANSITIONS:
-        _validations(root).append(_transition(transition))
+    _validations(root).append(_transitions())
     return root
 
 
@@ -128,12 +127,14 @@ def _static(rule: Rule) -> Schema:
     return {"rule": rule.cel, "message": message} | place
 
 
-def _transition(transition: Transition) -> Schema:
+def _transitions() -> Schema:
+    rule, told = transition_cel()
     return {
-        "rule": transition.cel,
-        "message": transition.message,
+        "rule": rule,
+        "messageExpression": told,
+        "message": "a part of the spec cannot change once the job is accepted",
         "reason": "FieldValueForbidden",
-        "fieldPath": f".{transition.field}",
+        "fieldPath": ".spec",
     }
 
 

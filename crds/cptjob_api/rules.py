@@ -303,7 +303,7 @@ ACCEPTED = "has(oldSelf.status) && has(oldSelf.status.resolved)"
 
 @dataclass(frozen=True)
 class Transition:
-    """A rule for a change to an accepted job; `check` takes the old job and the new one."""
+    """A rule for a change to an accepted job; `cel` and `check` take the old job and the new one."""
 
     field: str
     message: str
@@ -321,7 +321,7 @@ def _frozen(place: str) -> Transition:
     return Transition(
         place,
         "cannot change once the job is accepted; make a new job instead",
-        f"!({ACCEPTED}) || (has({new}) == has({old}) && (!has({new}) || {new} == {old}))",
+        f"has({new}) == has({old}) && (!has({new}) || {new} == {old})",
         unchanged,
     )
 
@@ -338,11 +338,27 @@ TRANSITIONS: tuple[Transition, ...] = (
     Transition(
         "spec.trainer.numNodes",
         "can change only with an elasticPolicy or while the job is suspended",
-        f"!({ACCEPTED}) || has(self.spec.elasticPolicy) || self.spec.suspend || "
+        "has(self.spec.elasticPolicy) || self.spec.suspend || "
         "oldSelf.spec.suspend || self.spec.trainer.numNodes == oldSelf.spec.trainer.numNodes",
         _may_resize,
     ),
 )
+
+
+def transition_cel() -> tuple[str, str]:
+    """All transition rules in one: the rule, and what makes its message of those that are broken.
+
+    One, because the API server asks on every write of a status too: that the whole spec is as it
+    was takes a third of the time of asking for each field.
+    """
+    fine = " && ".join(f"({each.cel})" for each in TRANSITIONS)
+    told = " + ".join(
+        f"(({each.cel}) ? '' : '; {each.field}: {each.message}')" for each in TRANSITIONS
+    )
+    return (
+        f"!({ACCEPTED}) || self.spec == oldSelf.spec || ({fine})",
+        f"({told}).substring(2)",
+    )
 
 
 def forbidden_changes(before: BaseModel, after: BaseModel) -> list[Broken]:
