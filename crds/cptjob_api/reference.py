@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from cptjob_api import crd
-from cptjob_api.conditions import PHASES, Condition, Phase, Reason
+from cptjob_api.conditions import PHASES, Condition, Reason
 from cptjob_api.job import API_VERSION, KIND
 from cptjob_api.rules import MUTABLE, RULES
 from cptjob_api.spec import CPTJobSpec
@@ -34,8 +34,8 @@ def _lines() -> Iterator[str]:
     yield from ("## status", "", "Written by the operator only.", "")
     yield from _table(crd.structural(CPTJobStatus), "status", defaults=False)
     yield from _phases()
-    yield from _words("Conditions", Condition)
-    yield from _words("Reasons", Reason)
+    yield from _conditions()
+    yield from _reasons()
 
 
 def _table(schema: dict[str, Any], root: str, *, defaults: bool) -> Iterator[str]:
@@ -150,10 +150,26 @@ def _phases() -> Iterator[str]:
     )
 
 
-def _words(title: str, words: type[Condition] | type[Reason] | type[Phase]) -> Iterator[str]:
-    yield from (f"## {title}", "")
+def _conditions() -> Iterator[str]:
+    yield from ("## Conditions", "")
     yield _row(["Word", "Meaning"])
     yield _row(["---", "---"])
-    for word in words:
+    for word in Condition:
         yield _row([f"`{word.value}`", word.sentence])
+    yield ""
+
+
+def _reasons() -> Iterator[str]:
+    yield from (
+        "## Reasons",
+        "",
+        "The condition `Ready` (and `Stalled`, `Failed`) carries one of these, with a message that",
+        "names what is concerned. So do the job's Events.",
+        "",
+    )
+    heads = ["Word", "Meaning", "What to do"]
+    yield _row(heads)
+    yield _row(["---"] * len(heads))
+    for word in Reason:
+        yield _row([f"`{word.value}`", word.sentence, word.action])
     yield ""

@@ -13,6 +13,20 @@ def test_each_word_has_a_sentence(word: Phase | Condition | Reason) -> None:
     assert word.sentence.endswith(".")
 
 
+# On the way, or as it was asked: nobody has to do anything.
+FINE = {
+    *(Reason.ACCEPTED, Reason.PREPARING, Reason.PREPARED, Reason.SCHEDULED, Reason.STARTING),
+    *(Reason.RUNNING, Reason.DISRUPTED, Reason.CHECKPOINT_SAVED, Reason.SUSPENDING),
+    *(Reason.RESUMED, Reason.COMPLETE),
+}
+
+
+@pytest.mark.parametrize("reason", Reason, ids=str)
+def test_each_reason_that_is_not_fine_says_what_to_do(reason: Reason) -> None:
+    assert bool(reason.action) == (reason not in FINE)
+    assert not reason.action or reason.action.endswith(".")
+
+
 def test_each_phase_has_one_row() -> None:
     assert [row.phase for row in PHASES] == list(Phase)
 
