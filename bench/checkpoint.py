@@ -22,6 +22,14 @@ import torch
 
 from cptjob_trainer.checkpoints import Checkpoints
 
+# What the figures are of.
+FILES = [
+    "bench/checkpoint.py",
+    *results.trainer(
+        "checkpoints checkpoint_folder checkpoint_manifest dcp dcp_storage safetensors_file disk"
+    ),
+]
+
 
 def tensors(megabytes: int) -> dict[str, torch.Tensor]:
     """fp32 parameters and AdamW's two moments, in matrices of 4 MB."""
@@ -110,7 +118,7 @@ def main() -> None:
     table = results.table(["what", "seconds", "MB/s"], rows)
     body = f"{size / 1e6:.0f} MB, median of {options.repeats}, one process.\n\n{table}"
     print(body)
-    results.write("Checkpoints", body)
+    results.write("Checkpoints", body, FILES)
 
 
 if __name__ == "__main__":

@@ -17,37 +17,25 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import results
+
 ROOT = Path(__file__).resolve().parent.parent
 LENGTH = 1024
+# What the figures are of.
+FILES = [
+    "bench/prepare.py",
+    *results.trainer("prepare corpus documents tokens encoder tables rows"),
+]
 
 
 def ours(model: Path, data: Path, scratch: Path) -> dict[str, float]:
     """Prepare into an empty directory, and once more with everything found again."""
-    from cptjob_trainer.config import (
-        DatasetInput,
-        ModelInput,
-        Paths,
-        ResolvedSchedule,
-        ResolvedTraining,
-        TrainerConfig,
-    )
+    import jobs
+
+    from cptjob_trainer.config import Paths
     from cptjob_trainer.prepare import prepare
 
-    config = TrainerConfig(
-        name="bench",
-        uid="bench",
-        model=ModelInput(uri="file://model", path=model),
-        datasets=(DatasetInput(name="data", uri="file://data", path=data),),
-        training=ResolvedTraining(
-            epochs=1,
-            max_length=LENGTH,
-            batch_size_per_device=8,
-            global_batch_size=8,
-            learning_rate=1e-4,
-            schedule=ResolvedSchedule(min_learning_rate=1e-5),
-        ),
-        paths=Paths(output=scratch),
-    )
+    config = jobs.make(model, data, Paths(output=scratch), LENGTH, batch=8)
     figures = {}
     for name in ("seconds", "again"):
         start, before = time.perf_counter(), processor_seconds()
@@ -127,7 +115,6 @@ def main() -> None:
 
 def compare(options: argparse.Namespace, scratch: Path) -> None:
     """Both arms in turn, and the table."""
-    import results
     import texts
 
     data = options.data or scratch / "data.jsonl"
@@ -169,6 +156,7 @@ def compare(options: argparse.Namespace, scratch: Path) -> None:
         f"{options.model.name}, rows of {LENGTH}, {options.rounds} rounds in turn, medians.\n\n"
         + results.table(["", "MB/s", "times the peer", "CPU seconds"], rows)
         + f"\n\nTarget: at least 2 times: {verdict}.",
+        FILES,
     )
     print(f"{ratio:.2f} times the peer")
 

@@ -1,10 +1,14 @@
-"""bench/RESULTS.md: one section per benchmark, replaced in place. Imported by the benchmarks."""
+"""bench/RESULTS.md: one section per benchmark, replaced in place. Imported by the benchmarks.
+
+python bench/results.py     how often what was measured has changed since, section by section
+"""
 
 import platform
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,8 +17,11 @@ FILE = ROOT / "bench" / "RESULTS.md"
 HEAD = """# Results
 
 Written by the files in `bench/`. Each figure stands beside that of a peer which ran on the same
-machine in turn with it. A section is only as new as the commit that it names.
+machine in turn with it. A section is only as new as the commit that it names;
+`python bench/results.py` counts the changes since.
 """
+# The line of a section that names what was measured.
+FILES = "Measured: "
 
 
 def machine() -> str:
@@ -32,30 +39,61 @@ def machine() -> str:
     return ", ".join(parts)
 
 
+def _git(*arguments: str) -> str | None:
+    """What git prints; None when it fails."""
+    ended = subprocess.run(
+        ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return ended.stdout.strip() if ended.returncode == 0 else None
+
+
 def commit() -> str:
     """The commit that ran, and whether files differed from it."""
-
-    def git(*arguments: str) -> str:
-        ended = subprocess.run(
-            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-        )
-        return ended.stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/RESULTS.md")
-    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + (
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/RESULTS.md")
+    return (_git("rev-parse", "--short=12", "HEAD") or "unknown") + (
         ", with changes" if changed else ""
     )
 
 
-def write(section: str, body: str) -> None:
-    """Replace the section named `section`, or add it. Sections stand in order of their names."""
+def trainer(names: str) -> list[str]:
+    """The paths of these modules of the trainer."""
+    return [f"trainer/cptjob_trainer/{name}.py" for name in names.split()]
+
+
+def write(section: str, body: str, files: Sequence[str]) -> None:
+    """Replace the section named `section`, or add it. Sections stand in order of their names.
+
+    `files` are those whose change would make the figures old.
+    """
     command = "python " + shlex.join([f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     day = datetime.now(UTC).strftime("%Y-%m-%d")
-    text = f"{day} · commit {commit()} · `{command}` · {machine()}\n\n{body.strip()}\n"
+    head = f"{day} · commit {commit()} · `{command}` · {machine()}"
+    measured = FILES + ", ".join(f"`{file}`" for file in files)
     sections = _sections(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
-    sections[section] = text
+    sections[section] = f"{head}\n\n{body.strip()}\n\n{measured}\n"
     parts = [HEAD] + [f"## {name}\n\n{sections[name].strip()}\n" for name in sorted(sections)]
     FILE.write_text("\n".join(parts), encoding="utf-8")
+
+
+def age(section: str) -> Iterator[str]:
+    """For each commit that a section names: how many later ones have changed what it measured."""
+    line = next((line for line in section.splitlines() if line.startswith(FILES)), "")
+    files = re.findall(r"`([^`]+)`", line)
+    if not files:
+        yield "does not say what it measured"
+        return
+    for name in dict.fromkeys(re.findall(r"\bcommit ([0-9a-f]{7,40})\b", section)):
+        since = _git("log", "--oneline", f"{name}..", "--", *files)
+        if since is None:
+            yield f"{name} is no commit of this repository"
+        else:
+            yield f"changed {len(since.splitlines())} times since {name}"
+
+
+def main() -> None:
+    """Print the age of each section."""
+    for name, section in _sections(FILE.read_text(encoding="utf-8")).items():
+        print(f"{name}: {'; '.join(age(section))}")
 
 
 def _sections(text: str) -> dict[str, str]:
@@ -67,3 +105,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+    main()

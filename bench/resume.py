@@ -17,41 +17,28 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
+import results
+
 ROOT = Path(__file__).resolve().parent.parent
 PLACES = (0.01, 0.9)
 LENGTH = 512
 BATCH = 8
+# What the figures are of.
+FILES = [
+    "bench/resume.py",
+    *results.trainer("prepared mix rows tables batcher components worker loop"),
+]
 
 
 def prepared_data(model: Path, data: Path, output: Path) -> Path:
     """Prepare `data` for the trainer; returns the directory. The configuration lies beside it."""
-    from cptjob_trainer.config import (
-        DatasetInput,
-        ModelInput,
-        Paths,
-        ResolvedSchedule,
-        ResolvedTraining,
-        TrainerConfig,
-        ValidationInput,
-    )
+    import jobs
+
+    from cptjob_trainer.config import Paths, ValidationInput
     from cptjob_trainer.prepare import prepare
 
-    config = TrainerConfig(
-        name="bench",
-        uid="bench",
-        model=ModelInput(uri="file://model", path=model),
-        datasets=(DatasetInput(name="data", uri="file://data", path=data),),
-        validation=ValidationInput(split_percent=0.0),
-        training=ResolvedTraining(
-            epochs=3,
-            max_length=LENGTH,
-            batch_size_per_device=BATCH,
-            global_batch_size=BATCH,
-            learning_rate=1e-4,
-            schedule=ResolvedSchedule(min_learning_rate=1e-5),
-        ),
-        paths=Paths(output=output),
-        compile="Never",
+    config = jobs.make(model, data, Paths(output=output), LENGTH, BATCH, epochs=3).model_copy(
+        update={"validation": ValidationInput(split_percent=0.0)}
     )
     config.dump(output / "config.json")
     return prepare(config, packs=lambda _: True).directory
@@ -126,7 +113,6 @@ def main() -> None:
 
 def compare(options: argparse.Namespace) -> None:
     """All arms in turn, and the table."""
-    import results
     import texts
 
     with tempfile.TemporaryDirectory(prefix="bench-resume-") as scratch:
@@ -153,6 +139,7 @@ def compare(options: argparse.Namespace) -> None:
         f"{options.model.name}, {options.rounds} rounds in turn, medians.\n\n"
         + results.table(["to the first", "at 1 %, ms", "at 90 %, ms", "ratio"], rows)
         + "\n\nTarget: the same at both places.",
+        FILES,
     )
 
 

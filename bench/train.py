@@ -22,22 +22,24 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jobs
 import results
 
-from cptjob_trainer.config import (
-    DatasetInput,
-    ModelInput,
-    Optimizer,
-    Paths,
-    ResolvedSchedule,
-    ResolvedTraining,
-    TrainerConfig,
-)
+from cptjob_trainer.config import Paths, ResolvedSchedule, TrainerConfig
 from cptjob_trainer.prepare import prepare
 from cptjob_trainer.prepared import Prepared
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = "HF as it comes"
+# What the figures are of.
+FILES = [
+    "bench/train.py",
+    "bench/train_arm.py",
+    *results.trainer(
+        "loop model loss attention document_attention optimizer batch components"
+        " compiling activations sharding pretrained"
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -93,25 +95,18 @@ SIZES = {
 
 
 def make_config(model: Path, text: Path, size: Size, arm: Arm, output: Path) -> TrainerConfig:
-    return TrainerConfig(
-        name="bench",
-        uid="bench",
-        model=ModelInput(uri=str(model), path=model),
-        datasets=(DatasetInput(name="domain", uri=str(text), path=text),),
-        training=ResolvedTraining(
-            epochs=100,
-            max_steps=size.steps,
-            max_length=size.length,
-            batch_size_per_device=size.batch,
-            global_batch_size=size.batch,
-            learning_rate=1e-4,
-            precision="BFloat16",
-            activation_checkpointing=arm.activation_checkpointing,
-            optimizer=Optimizer(),
-            schedule=ResolvedSchedule(type="Constant", warmup_steps=0, min_learning_rate=0.0),
-        ),
-        paths=Paths(output=output, prepared=output.parent / "prepared"),
+    return jobs.make(
+        model,
+        text,
+        Paths(output=output, prepared=output.parent / "prepared"),
+        size.length,
+        size.batch,
         compile=arm.compile,
+        epochs=100,
+        max_steps=size.steps,
+        precision="BFloat16",
+        activation_checkpointing=arm.activation_checkpointing,
+        schedule=ResolvedSchedule(type="Constant", warmup_steps=0, min_learning_rate=0.0),
     )
 
 
@@ -346,7 +341,9 @@ def main() -> None:
             found.append(bench_model(name, options, device, Path(scratch)))  # noqa: PERF401
     if options.record:
         results.write(
-            f"training on a {'CPU' if device == 'cpu' else 'GPU'}", body(machine(device), found)
+            f"training on a {'CPU' if device == 'cpu' else 'GPU'}",
+            body(machine(device), found),
+            FILES,
         )
     if options.json:
         value = {"machine": machine(device), "device": device, "results": found}

@@ -22,6 +22,8 @@ import stage as stages  # noqa: E402
 
 Say = Callable[[str], None]
 KINDS = {"still": stages.STILL, "live": stages.LIVE}
+# What the figures are of.
+FILES = ["bench/operator", "operator/cptjob_operator"]
 PARTS = ("latency", "burst", "gang", "replace", "calls", "fleet")
 
 
@@ -121,7 +123,7 @@ def main() -> int:
                     say(report.fleet(asyncio.run(_fleet(asked, stage))))
         say(f"Other load over all: {load.others:.2f} cores. Flags: {stages.FLAGS}.")
     if not asked.print and set(asked.only) == set(PARTS):
-        results.write("operator", "\n\n".join(said))
+        results.write("operator", "\n\n".join(said), FILES)
     return 0
 
 
