@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from cptjob_api.conditions import Condition, Phase, Reason
@@ -80,6 +81,8 @@ class Reconciler:
         wanted = self._plan(job, observed, self._settings, now)
         version = job.metadata.resource_version
         waits = await self._cluster.report(job, wanted)
+        if waits is not None:
+            wanted = replace(wanted, events=())  # they say what the status will say, when it does
         changed = await self._cluster.apply(job, wanted)
         self._cluster.seen(job, observed)
         for cause in wanted.restarts:

@@ -76,6 +76,7 @@ class Operator:
             self.reports,
             self.recorder,
             status_seconds=settings.timing.status_seconds,
+            busy=lambda: self.queue.depth() > 0,
             reported=self.metrics.reported,
         )
         self.reconciler = Reconciler(

@@ -231,7 +231,9 @@ class Timing(Strict):
         default=30, description="Shortest time between two writes of a job's progress."
     )
     status_seconds: Annotated[float, Field(ge=0, le=60)] = Field(
-        default=1.0, description="Shortest time between two writes of a job's counts."
+        default=1.0,
+        description="How long news of a job may wait for more of them, before they are written "
+        "into its status at once.",
     )
     broken_start_seconds: Seconds = Field(
         default=120,

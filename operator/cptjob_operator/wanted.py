@@ -42,7 +42,7 @@ class Wanted:
     """Outcome of one pass.
 
     status: the whole status as it should read; None leaves it as it is.
-    urgent: False when nothing but counts and progress changed, so that the write may wait.
+    urgent: False when the status only tells more and nothing was decided: the write may wait.
     objects: manifests that are missing or differ; written by server-side apply, pods by POST.
     again: when to look again though nothing happened; None is never.
     """

@@ -136,8 +136,7 @@ def test_a_running_job_is_not_scaled_and_a_suspended_one_is(world: World) -> Non
     refused = scale(3)
     assert refused.returncode != 0
     assert (
-        "spec.trainer.numNodes: Forbidden: can change only with an elasticPolicy or while the "
-        "job is suspended"
+        "spec.trainer.numNodes: can change only with an elasticPolicy or while the job is suspended"
     ) in refused.stderr
     world.suspend("job")
     assert scale(3).stdout == "cptjob.training.cptjob.io/job scaled\n"

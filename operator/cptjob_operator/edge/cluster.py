@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 
 #: Requests of one job that are under way at once.
 _AT_ONCE = 24
+#: With many jobs at once, a status that is written later holds more.
+BUSY_FACTOR = 5.0
 #: A refused pod is not asked for again before this; then one is, and the others only after it.
 REFUSED_SECONDS = 14.0
 #: How long what is read beside the watches (claims, other pods' GPUs) is taken for true.
@@ -69,7 +71,8 @@ class _Refusal:
 class Cluster:
     """What a pass asks of the cluster.
 
-    status_seconds: how long a status waits in which only counts changed. clock: monotonic seconds.
+    status_seconds: how long a status waits that nobody waits for. busy: whether passes wait for
+    their turn; then such a status may wait BUSY_FACTOR times as long. clock: monotonic seconds.
     reported: is told each status that was written, with the one before.
     """
 
@@ -81,11 +84,13 @@ class Cluster:
         recorder: Recorder,
         *,
         status_seconds: float = 1.0,
+        busy: Callable[[], bool] = lambda: False,
         reported: Callable[[CPTJobStatus | None, CPTJobStatus], None] = lambda was, now: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._api, self._known, self._reports, self._recorder = api, known, reports, recorder
-        self._status_seconds, self._reported, self._clock = status_seconds, reported, clock
+        self._status_seconds, self._busy = status_seconds, busy
+        self._reported, self._clock = reported, clock
         self._parsed: OrderedDict[str, CPTJob] = OrderedDict()  # by uid
         self._held: dict[str, float] = {}  # uid of a job -> since when its counts wait
         self._refused: dict[str, dict[str, _Refusal]] = {}
@@ -221,7 +226,8 @@ class Cluster:
             return None
         if not wanted.urgent:
             since = self._held.setdefault(uid, self._clock())
-            left = since + self._status_seconds - self._clock()
+            patience = self._status_seconds * (BUSY_FACTOR if self._busy() else 1.0)
+            left = since + patience - self._clock()
             if left > 0.0:
                 return left
         self._held.pop(uid, None)

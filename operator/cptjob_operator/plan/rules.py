@@ -59,9 +59,12 @@ _OBSTACLES = frozenset(
         Reason.MOUNT_FAILED,
     }
 )
-# A difference in these alone is not worth a write, or not at once.
+# A difference in these alone is not worth a write.
 _TIMES = ("accounted_time", "active_seconds", "node_seconds", "gpu_seconds")
-_COUNTS = ("pods", "replicas", "nodes", "trainer_status")
+# What is told, not decided: it may wait for more, as writes of the status are the dearest of all.
+_TOLD = ("pods", "replicas", "nodes", "trainer_status", "last_checkpoint", "phase", "conditions")
+# Somebody waits for a job to be in one of these.
+_AWAITED = (Phase.SUSPENDED, Phase.COMPLETE, Phase.FAILED)
 
 
 def plan(job: CPTJob, observed: Observed, settings: Settings, now: datetime) -> Wanted:
@@ -72,11 +75,7 @@ def plan(job: CPTJob, observed: Observed, settings: Settings, now: datetime) -> 
         return wanted
     if _like(job.status, wanted.status, _TIMES) == wanted.status:
         return replace(wanted, status=None)  # time alone is never worth a write
-    may_wait: tuple[str, ...] = (*_TIMES, *_COUNTS)
-    if _begins_workers(job.status, wanted.status):
-        may_wait += ("phase", "conditions")
-    urgent = _like(job.status, wanted.status, may_wait) != wanted.status
-    return replace(wanted, urgent=urgent)
+    return replace(wanted, urgent=_is_urgent(job.status, wanted.status))
 
 
 def _decide(look: Look) -> Wanted:
@@ -92,18 +91,11 @@ def _decide(look: Look) -> Wanted:
     raise AssertionError("the last rule decides always")
 
 
-def _begins_workers(before: CPTJobStatus, after: CPTJobStatus) -> bool:
-    """The first workers are made, and nothing else was decided.
-
-    Their names follow from what is in the status already, so that they need not wait for a write;
-    a moment later one write holds this and their counts. Writes of the status are the dearest.
-    """
-    ready = after.condition(Condition.READY)
-    return (
-        (before.phase, after.phase) == (Phase.PREPARING, Phase.STARTING)
-        and ready is not None
-        and ready.reason == Reason.STARTING
-    )
+def _is_urgent(before: CPTJobStatus, after: CPTJobStatus) -> bool:
+    """Something was decided, which must be in the status before it is done; or somebody waits."""
+    if after.phase in _AWAITED and before.phase is not after.phase:
+        return True
+    return _like(before, after, (*_TIMES, *_TOLD)) != after
 
 
 def _obstacle(before: CPTJobStatus | None, after: CPTJobStatus | None) -> tuple[Event, ...]:

@@ -18,7 +18,7 @@ from cptjob_operator.metrics import Metrics
 from cptjob_operator.observed import Observed
 from cptjob_operator.reconciler import Plan, Reconciler
 from cptjob_operator.settings import Settings
-from cptjob_operator.wanted import Wanted
+from cptjob_operator.wanted import Event, Wanted
 from job_cases import sound_job
 
 Test = Callable[[Callable[[Any], Awaitable[None]]], None]
@@ -41,12 +41,19 @@ class Bench:
         self.patches: list[Document] = []
         self.code = 200
         self.answered: Document = {}
+        self.told: list[str] = []
+        self.seconds, self.busy = 0.0, False
         server.answer = self._answer
         self.api = server.api()
         self.cache = Cache()
         recorder = Recorder(self.api, "test")
+        recorder.tell = lambda key, uid, event: self.told.append(event.message)  # type: ignore[method-assign]
         self.metrics = Metrics()
-        cluster = Cluster(self.api, self.cache, Reports(), recorder)
+        cluster = Cluster(
+            *(self.api, self.cache, Reports(), recorder),
+            busy=lambda: self.busy,
+            clock=lambda: self.seconds,
+        )
         self.reconciler = Reconciler(cluster, plan, Settings(), self.metrics, now=lambda: NOW)
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
@@ -171,18 +178,43 @@ def test_only_what_differs_is_written_and_nothing_when_nothing_does(with_server:
     with_server(test)
 
 
-def test_counts_wait_for_others_before_they_are_written(with_server: Test) -> None:
-    def count(job: CPTJob, observed: Observed, settings: Settings, now: datetime) -> Wanted:
-        assert job.status is not None
-        return Wanted(status=job.status.model_copy(update={"replicas": 3}), urgent=False)
+def news(job: CPTJob, observed: Observed, settings: Settings, now: datetime) -> Wanted:
+    assert job.status is not None
+    status = job.status.model_copy(update={"replicas": 3})
+    return Wanted(status=status, urgent=False, events=(Event("Normal", "Running", "they train"),))
 
+
+def test_news_waits_for_more_and_is_told_when_it_is_written(with_server: Test) -> None:
     async def test(server: Any) -> None:
-        bench = Bench(server, count)
+        bench = Bench(server, news)
         bench.cache.put_job(sound_body(1))
         again = await bench.reconciler.reconcile(KEY)
         assert again is not None
         assert 0.0 < again <= 1.0
+        assert (bench.patches, bench.told) == ([], [])
+        bench.seconds = again
+        bench.answered = sound_body(2, replicas=3)
+        await bench.reconciler.reconcile(KEY)
+        assert [each["status"]["replicas"] for each in bench.patches] == [3]
+        assert bench.told == ["they train"]
+        await bench.api.close()
+
+    with_server(test)
+
+
+def test_news_waits_longer_while_other_jobs_wait_for_their_turn(with_server: Test) -> None:
+    async def test(server: Any) -> None:
+        bench = Bench(server, news)
+        bench.busy = True
+        bench.cache.put_job(sound_body(1))
+        await bench.reconciler.reconcile(KEY)
+        bench.seconds = 4.9
+        await bench.reconciler.reconcile(KEY)
         assert bench.patches == []
+        bench.busy = False
+        bench.answered = sound_body(2, replicas=3)
+        await bench.reconciler.reconcile(KEY)
+        assert len(bench.patches) == 1
         await bench.api.close()
 
     with_server(test)

@@ -58,6 +58,27 @@ def test_a_job_runs_when_every_worker_is_ready(world: MakeWorld) -> None:
     assert (job.status.replicas, job.status.pods.ready) == (2, 2)
 
 
+def test_what_is_decided_is_written_at_once_and_what_is_only_told_may_wait(
+    world: MakeWorld,
+) -> None:
+    job = world()
+    assert job.step().urgent, "what the job leaves out is decided"
+    job.settle()
+    job.get_ready(job.pod(Role.COORDINATOR))
+    assert not job.step().urgent, "it starts"
+    for worker in job.workers:
+        job.get_ready(worker)
+    assert not job.step().urgent, "it runs"
+    job.fail(job.workers[0], 1)
+    assert job.step().urgent, "a restart is counted"
+    job.edit(suspend=True)
+    while job.phase is not Phase.SUSPENDED:
+        for pod in [each for each in job.pods.values() if each.deleting]:
+            del job.pods[pod.id]
+        last = job.step()
+    assert last.urgent, "somebody waits for it"
+
+
 def test_a_job_is_complete_when_the_coordinator_is(world: MakeWorld) -> None:
     job = world()
     job.train()
