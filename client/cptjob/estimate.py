@@ -15,7 +15,7 @@ from cptjob.live import duration, si
 from cptjob_api.facts import ModelFacts
 from cptjob_trainer import devices, model_config, request, shares
 from cptjob_trainer.config import DatasetInput, TrainerConfig
-from cptjob_trainer.devices import DEVICES, Device
+from cptjob_trainer.devices import DEVICES, Demand, Device, Memory
 from cptjob_trainer.errors import DataError, MissingInputError, UsageError
 from cptjob_trainer.shares import Share
 
@@ -24,9 +24,6 @@ from cptjob_trainer.shares import Share
 BITS_PER_BYTE = 4.0
 # Part of the peak that training reaches on a GPU without tuning.
 DEFAULT_MFU = 0.35
-
-# Loss is taken over pieces of the rows of which the logits fit in this.
-LOGITS_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -73,21 +70,6 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes on one device."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    logits: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
-
-
-@dataclass(frozen=True)
 class Speed:
     """Tokens a second over all devices, and why that number is used."""
 
@@ -105,6 +87,7 @@ class Estimate:
     tokens: int
     devices: int
     memory: Memory
+    recomputed: bool
     speed: Speed | None
 
     @property
@@ -129,14 +112,18 @@ def estimate(
     rows = count_rows(config, shape)
     steps = shares.steps(rows.total, training.global_batch_size, training.max_steps)
     count = config.processes.world_size
+    needs = demand(config, shape, count)
+    room = None if device is None else find_device(device).memory
+    recomputed = needs.recomputed(training.activation_checkpointing, room)
     return Estimate(
         shape=shape,
         rows=rows,
         steps=steps,
         tokens=min(rows.total, steps * training.global_batch_size) * training.max_length,
         devices=count,
-        memory=memory(config, shape, count),
-        speed=_speed(config, shape, count, tokens_per_second, device, mfu),
+        memory=needs.memory(recomputed=recomputed),
+        recomputed=recomputed,
+        speed=_speed(config, shape, count, tokens_per_second, device, mfu, recomputed),
     )
 
 
@@ -190,27 +177,18 @@ def _read(file: Path) -> dict[str, Any] | None:
 # --- memory ---------------------------------------------------------------------------------------
 
 
-def memory(config: TrainerConfig, shape: Shape, count: int) -> Memory:
-    """Bytes on one of `count` devices while it trains.
-
-    Weights, gradients and moments are split over the devices.
-    """
+def demand(config: TrainerConfig, shape: Shape, count: int) -> Demand:
+    """What the job asks of each of `count` devices."""
     training = config.training
-    states = devices.state_bytes(shape.parameters, _trained(config, shape))
-    tokens = training.batch_size_per_device * training.max_length
-    return Memory(
-        weights=states.weights // count,
-        gradients=states.gradients // count,
-        optimizer=states.optimizer // count,
-        activations=devices.activation_bytes(
-            tokens,
-            shape.hidden,
-            shape.layers,
-            item=4 if training.precision == "Float32" else 2,
-            recomputed=training.activation_checkpointing == "Full",
-        ),
-        # Logits in 32 bits and their gradient.
-        logits=min(2 * 4 * tokens * shape.vocabulary, LOGITS_BYTES),
+    return Demand(
+        parameters=shape.parameters,
+        trained=_trained(config, shape),
+        layers=shape.layers,
+        width=shape.hidden,
+        vocabulary=shape.vocabulary,
+        tokens=training.batch_size_per_device * training.max_length,
+        item=4 if training.precision == "Float32" else 2,
+        devices=count,
     )
 
 
@@ -225,7 +203,7 @@ def _trained(config: TrainerConfig, shape: Shape) -> int:
 # --- speed ----------------------------------------------------------------------------------------
 
 
-def flops_per_token(config: TrainerConfig, shape: Shape) -> float:
+def flops_per_token(config: TrainerConfig, shape: Shape, recomputed: bool) -> float:
     """What a device computes for a token: a third more than the training needs when recomputed."""
     training = config.training
     flops = devices.flops_per_token(
@@ -235,7 +213,7 @@ def flops_per_token(config: TrainerConfig, shape: Shape) -> float:
         training.max_length,
         frozen=training.method == "LoRA",
     )
-    return flops * 4 / 3 if training.activation_checkpointing == "Full" else flops
+    return flops * 4 / 3 if recomputed else flops
 
 
 def _speed(
@@ -245,12 +223,13 @@ def _speed(
     given: float | None,
     device: str | None,
     mfu: float,
+    recomputed: bool,
 ) -> Speed | None:
     if given is not None:
         return Speed(given, "--tokens-per-second")
     if device is not None:
         flops = find_device(device).flops
-        each = flops * mfu / flops_per_token(config, shape)
+        each = flops * mfu / flops_per_token(config, shape, recomputed)
         return Speed(each * count, f"{count} x {device} at {mfu:.0%} of {si(flops)}FLOP/s")
     measured = _measured(config.paths.output / "metrics.jsonl")
     if measured is not None:
@@ -302,19 +281,19 @@ def render(config: TrainerConfig, answer: Estimate, device: str | None) -> str:
             f"{answer.tokens:,}, {counted if answer.rows.tokens_are_counted else guessed}",
         ),
         ("devices", f"{answer.devices}"),
-        *_memory_lines(answer, device),
+        *_memory_lines(config, answer, device),
         *_time_lines(answer),
     ]
     return "\n".join(f"{name:<18}{text}" for name, text in lines)
 
 
-def _memory_lines(answer: Estimate, device: str | None) -> list[tuple[str, str]]:
+def _memory_lines(
+    config: TrainerConfig, answer: Estimate, device: str | None
+) -> list[tuple[str, str]]:
     part = answer.memory
     total = _size(part.total)
     if device is not None:
-        room = find_device(device).memory
-        fits = "fits" if part.total < devices.USABLE * room else "does NOT fit"
-        total += f", which {fits} in {_size(room)}"
+        total += f", which {_fits(config, answer, find_device(device).memory)}"
     parts = [
         ("  weights", part.weights),
         ("  gradients", part.gradients),
@@ -323,6 +302,14 @@ def _memory_lines(answer: Estimate, device: str | None) -> list[tuple[str, str]]
         ("  logits", part.logits),
     ]
     return [("memory per device", total), *((name, _size(size)) for name, size in parts)]
+
+
+def _fits(config: TrainerConfig, answer: Estimate, room: int) -> str:
+    """Auto is said: the figures are then not those of the manifest's own words."""
+    fits = answer.memory.fits(room)
+    chosen = answer.recomputed and config.training.activation_checkpointing == "Auto"
+    how = f"{'' if fits else ', even'} with activation checkpointing" if chosen else ""
+    return f"{'fits' if fits else 'does NOT fit'} in {_size(room)}{how}"
 
 
 def _size(size: int) -> str:

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from cptjob import jobs
-from cptjob.estimate import Estimate, estimate
+from cptjob.estimate import Estimate, estimate, render
 from cptjob.volumes import Volumes
+from cptjob_trainer import devices
 from cptjob_trainer.config import TrainerConfig
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
@@ -73,6 +74,42 @@ def test_memory_by_hand(place: Path) -> None:
 def test_memory_is_split_over_devices_where_it_is_sharded(place: Path) -> None:
     part = estimate(_config(place, processes=4)).memory
     assert (part.weights, part.gradients, part.optimizer) == (1000, 1000, 2000)
+
+
+# What `test_memory_by_hand` adds up, and the same with 2 inputs and one whole layer of 6400 x 17.
+WHOLE, RECOMPUTED = 105_091_200, 104_995_200
+
+
+@pytest.mark.parametrize(
+    ("setting", "needed", "said"),
+    [
+        ("Auto", WHOLE, "which fits in 111 MiB"),
+        ("Auto", RECOMPUTED, "which fits in 111 MiB with activation checkpointing"),
+        (
+            "Auto",
+            RECOMPUTED - 100,
+            "which does NOT fit in 111 MiB, even with activation checkpointing",
+        ),
+        ("Full", RECOMPUTED, "which fits in 111 MiB"),
+        ("None", RECOMPUTED, "which does NOT fit in 111 MiB"),
+    ],
+)
+def test_what_fits_is_said_as_the_trainer_would_do_it(
+    setting: str, needed: int, said: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _change(place, "precision:", f"activationCheckpointing: {setting}\n    precision:")
+    room = math.ceil(needed / devices.USABLE)
+    monkeypatch.setitem(devices.DEVICES, "Small", devices.Device(1e12, room))
+    config = _config(place)
+    answer = estimate(config, device="Small", mfu=1.0)
+    lines = render(config, answer, "Small").splitlines()
+    (line,) = (line for line in lines if line.startswith("memory per device"))
+    assert line.endswith(f" MiB, {said}")
+    recomputed = setting == "Full" or "with" in said
+    assert answer.memory.total == (RECOMPUTED if recomputed else WHOLE)
+    assert answer.speed is not None
+    flops = (6000 + 9600) * (4 / 3 if recomputed else 1)
+    assert answer.speed.tokens_per_second == pytest.approx(1e12 / flops)
 
 
 def test_time_from_a_given_speed(place: Path) -> None:

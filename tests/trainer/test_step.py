@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from cptjob import estimate
 from cptjob_trainer import activations, dropout, model
 from cptjob_trainer.config import Dropout, Guards
 from cptjob_trainer.errors import ConfigError, Stopped
@@ -54,6 +55,16 @@ def test_activation_checkpointing_is_chosen_where_memory_is_short_and_changes_no
     names = [name for name, _ in chosen.model.named_parameters()]
     assert any("_checkpoint_wrapped_module" in name for name in names) == wrapped
     assert run_steps(chosen, 8) == plain
+
+
+def test_an_estimate_asks_for_the_memory_that_the_trainer_asks_for(
+    model_dir: Build, rows: Build, trainer: Build
+) -> None:
+    path = model_dir("llama")
+    made = trainer(path, rows(20, 24, 2), total_steps=1, precision="Float32")
+    shape = estimate.Shape.read(path)
+    ours = activations.demand(made.model, made.config, made.runtime)
+    assert ours == estimate.demand(made.config, shape, made.runtime.world)
 
 
 def test_activation_checkpointing_draws_the_dropout_masks_it_drew_before(

@@ -17,32 +17,32 @@ log = logging.getLogger(__name__)
 
 
 def checkpoint_where_needed(model: LossModel, config: TrainerConfig, runtime: Runtime) -> None:
-    """Activation checkpointing, where the manifest wants it or leaves it open and memory is short."""
-    setting = config.training.activation_checkpointing
-    if setting == "Full" or (setting == "Auto" and _is_needed(model, config, runtime)):
-        _wrap_layers(model.lm)
-
-
-def _is_needed(model: LossModel, config: TrainerConfig, runtime: Runtime) -> bool:
-    """Whether all activations beside weights, gradients and moments would not fit in some rank.
+    """Activation checkpointing, where the manifest wants it or leaves it open and memory is short.
 
     Collective: ranks of two minds would ask for each other's weights at different moments.
     """
+    setting = config.training.activation_checkpointing
+    asked = demand(model, config, runtime)
+    if runtime.any(asked.recomputed(setting, _memory(config, runtime.device))):
+        if setting == "Auto":
+            whole = asked.memory(recomputed=False).total
+            log.info("activation checkpointing: on, %.1f GB would not fit", whole / 1e9)
+        _wrap_layers(model.lm)
+
+
+def demand(model: LossModel, config: TrainerConfig, runtime: Runtime) -> devices.Demand:
+    """What the job asks of each rank's device."""
     training = config.training
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    states = devices.state_bytes(model.parameter_count(), trained).total / runtime.world
-    activations = devices.activation_bytes(
-        training.batch_size_per_device * training.max_length,
-        int(getattr(model.lm.config, "hidden_size", 0)),
-        len(decoder_layers(model.lm)),
-        runtime.dtype.itemsize,
-        recomputed=False,
+    return devices.Demand(
+        parameters=model.parameter_count(),
+        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        layers=len(decoder_layers(model.lm)),
+        width=int(getattr(model.lm.config, "hidden_size", 0)),
+        vocabulary=int(getattr(model.lm.config, "vocab_size", 0)),
+        tokens=training.batch_size_per_device * training.max_length,
+        item=runtime.dtype.itemsize,
+        devices=runtime.world,
     )
-    whole = states + activations
-    needed = runtime.any(whole > devices.USABLE * _memory(config, runtime.device))
-    if needed:
-        log.info("activation checkpointing: on, %.1f GB would not fit", whole / 1e9)
-    return needed
 
 
 def _memory(config: TrainerConfig, device: torch.device) -> float:

@@ -18,6 +18,9 @@ class Device:
 # Part of the memory that weights and activations may take; the rest is for buffers and gaps.
 USABLE = 0.9
 
+# Loss is taken over pieces of the rows of which the logits fit in this.
+LOGITS_BYTES = 256 << 20
+
 # A name that holds another stands before it.
 DEVICES = {
     "H200": Device(989e12, 141_000_000_000),
@@ -52,21 +55,62 @@ def flops_per_token(
 
 
 @dataclass(frozen=True)
-class StateBytes:
-    """Bytes that training keeps from step to step, over all devices."""
+class Memory:
+    """Bytes on one device while it trains."""
 
     weights: int
     gradients: int
     optimizer: int
+    activations: int
+    logits: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+    def fits(self, room: float) -> bool:
+        """Whether a device with `room` bytes can train so."""
+        return self.total <= USABLE * room
 
 
-def state_bytes(parameters: int, trained: int) -> StateBytes:
-    """32-bit weights, of the `trained` ones also gradients and AdamW's two moments."""
-    return StateBytes(4 * parameters, 4 * trained, 8 * trained)
+@dataclass(frozen=True)
+class Demand:
+    """What training asks of each of `devices` alike: `tokens` at once, in numbers of `item` bytes.
+
+    `trained` of the `parameters` are not frozen.
+    """
+
+    parameters: int
+    trained: int
+    layers: int
+    width: int
+    vocabulary: int
+    tokens: int
+    item: int
+    devices: int
+
+    def memory(self, *, recomputed: bool) -> Memory:
+        """32-bit weights, of the trained ones also gradients and AdamW's two moments, all of them
+        shared between the devices; each device's activations; logits in 32 bits, their gradient.
+        """
+        return Memory(
+            weights=4 * self.parameters // self.devices,
+            gradients=4 * self.trained // self.devices,
+            optimizer=8 * self.trained // self.devices,
+            activations=activation_bytes(
+                self.tokens, self.width, self.layers, self.item, recomputed
+            ),
+            logits=min(2 * 4 * self.tokens * self.vocabulary, LOGITS_BYTES),
+        )
+
+    def recomputed(self, setting: str, room: float | None) -> bool:
+        """Whether activations are recomputed on devices with `room` bytes, by the job's setting.
+
+        Auto: where they would not fit otherwise; not where nothing is known of the devices.
+        """
+        if setting == "Auto":
+            return room is not None and not self.memory(recomputed=False).fits(room)
+        return setting == "Full"
 
 
 def activation_bytes(tokens: int, width: int, layers: int, item: int, recomputed: bool) -> int:
