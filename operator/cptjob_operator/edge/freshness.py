@@ -14,15 +14,18 @@ from cptjob_operator.edge.kinds import Kind
 
 
 class Freshness:
-    """Of the watches of `kinds`. relisted: is told when kopf lists anew what it had watched."""
+    """Of the watches of `kinds`.
+
+    missed: is told when objects may have gone unseen, so that everything must be listed.
+    """
 
     def __init__(
         self,
         kinds: tuple[Kind, ...],
-        relisted: Callable[[], None] = lambda: None,
+        missed: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._relisted, self._clock = relisted, clock
+        self._missed, self._clock = missed, clock
         self._heard = {kind.plural: clock() for kind in kinds}
         self._watched: set[str] = set()
 
@@ -59,7 +62,11 @@ class Freshness:
             return
         self._heard[plural] = self._clock()
         if params.url.query.get("watch") == "true":
+            before = self.begun
             self._watched.add(plural)
+            if self.begun and not before:
+                # What went since the list at the start, and before kopf's own, is in no event.
+                self._missed()
         elif plural in self._watched and "continue" not in params.url.query:
             # Objects that went in the gap are in no event: kopf does not tell of them.
-            self._relisted()
+            self._missed()
