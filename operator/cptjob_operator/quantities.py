@@ -29,9 +29,9 @@ def parse(text: str) -> Decimal | None:
             number = Decimal(text)
         else:
             number = Decimal(text.removesuffix(ending)) * _FACTORS[ending]
+        return number if abs(number) < _LIMIT else None
     except ArithmeticError:
         return None
-    return number if abs(number) < _LIMIT else None
 
 
 def whole(text: str) -> int | None:
