@@ -98,6 +98,22 @@ def test_the_bases_files_are_copied_byte_for_byte_and_no_others(tmp_path: Path) 
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model"]
 
 
+def test_of_a_cache_the_contents_are_copied_and_not_the_links(tmp_path: Path) -> None:
+    plain = base_model(tmp_path / "plain")
+    base, blobs = tmp_path / "cache" / "snapshots" / "0a", tmp_path / "cache" / "blobs"
+    blobs.mkdir(parents=True)
+    for file in [path for path in plain.rglob("*") if path.is_file()]:
+        link = base / file.relative_to(plain)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(file.rename(blobs / hashlib.sha256(str(link).encode()).hexdigest()))
+    state = trained(base).state_dict()
+    output.publish_model(tmp_path / "out", base, state)
+    folder = tmp_path / "out" / "model"
+    assert not [path for path in folder.rglob("*") if path.is_symlink()]
+    ours, theirs = digests(folder), digests(base)
+    assert all(ours[name] == theirs[name] for name in (*COPIED, "config.json"))
+
+
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
 def test_a_large_model_is_cut_into_shards_with_an_index(tmp_path: Path, kind: str) -> None:
     base = base_model(tmp_path / "base", kind)

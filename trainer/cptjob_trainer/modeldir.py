@@ -13,7 +13,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from cptjob_trainer import foreign_files, model_config, model_weights, tokenizer_files
+from cptjob_trainer import (
+    foreign_files,
+    model_config,
+    model_files,
+    model_weights,
+    tokenizer_files,
+)
 from cptjob_trainer.errors import ConfigError, DataError, MissingInputError
 from cptjob_trainer.json_file import json_object
 
@@ -44,6 +50,7 @@ def check_model(path: Path) -> ModelInfo:
     _refuse_remote_code(path, config)
     _refuse_adapter(path, names)
     _refuse_quantized(path, config)
+    model_files.copied(path)  # raises for what no result could take over
     architecture = _architecture(path, config)
     files = model_weights.files(path, names)
     headers = {file: model_weights.header(file) for file in files}

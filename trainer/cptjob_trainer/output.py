@@ -4,7 +4,6 @@ Weights are safetensors with the base's names and dtypes; configuration and toke
 own files, byte for byte. The same tensors give the same bytes. Each folder is swapped in whole.
 """
 
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Final
 
 import torch
 
-from cptjob_trainer import failpoints, swap
+from cptjob_trainer import failpoints, model_files, swap
 from cptjob_trainer.checkpoint_folder import scan
 from cptjob_trainer.checkpoint_manifest import faults, read_manifest
 from cptjob_trainer.dcp import StoredTensors
@@ -24,12 +23,6 @@ from cptjob_trainer.safetensors_file import Entry, aligned, write_safetensors
 
 SHARD_BYTES: Final = 5_000_000_000
 _MODEL_PREFIX: Final = "model."
-# What of a base directory is not copied: weights in any format, their index, code, and the base's
-# own card.
-_NOT_COPIED: Final = re.compile(
-    r"\..*|README\.md|.*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf|index\.json|py)"
-)
-_COPIED_FOLDERS: Final = frozenset({"additional_chat_templates"})
 
 
 @dataclass(frozen=True)
@@ -234,16 +227,14 @@ def _next(values: Iterator[torch.Tensor], count: int) -> Iterator[torch.Tensor]:
 
 
 def _copy_files(base: Path, folder: Path) -> dict[str, FileDigest]:
-    """Configuration, tokenizer, chat template and licence, byte for byte."""
+    """Configuration, tokenizer, chat template and licence, byte for byte; of links, what they
+    lead to.
+    """
     files: dict[str, FileDigest] = {}
-    for source in sorted(base.rglob("*")):
-        name = source.relative_to(base)
-        top = name.parts[0]
-        inside = len(name.parts) == 1 or top in _COPIED_FOLDERS
-        if source.is_file() and inside and not _NOT_COPIED.fullmatch(name.name):
-            copy = folder / name
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, copy)
-            sync_file(copy)
-            files[str(name)] = file_digest(copy)
+    for name in model_files.copied(base):
+        copy = folder / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(base / name, copy)
+        sync_file(copy)
+        files[str(name)] = file_digest(copy)
     return files
