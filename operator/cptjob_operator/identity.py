@@ -17,8 +17,8 @@ ATTEMPT = f"{GROUP}/attempt"
 ROLE = f"{GROUP}/role"
 INDEX = f"{GROUP}/index"
 INCARNATION = f"{GROUP}/incarnation"
-#: Pods of a job with the same value share a node; see `together.py`.
-PLACE = f"{GROUP}/place"
+#: Annotation of a coordinator: the node that it must be on; see `together.py`.
+NODE = f"{GROUP}/node"
 
 MANAGED_BY = "app.kubernetes.io/managed-by"
 #: Value of `app.kubernetes.io/managed-by`, field manager, and `spec.managedBy` of our own jobs.

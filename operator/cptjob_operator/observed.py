@@ -74,7 +74,7 @@ class Pod:
     gpus: int
     image_id: str | None
     owner_uid: str | None
-    place: int = 0  # pods of a job that must share a node do so with those of the same place
+    bound_to: str | None = None  # the only node that it may go to, as a coordinator for its worker
 
     @property
     def finished(self) -> bool:

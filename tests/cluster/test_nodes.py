@@ -24,6 +24,12 @@ SOON: dict[str, Any] = {
 }
 
 
+def on_one_node(world: World) -> dict[str, Any]:
+    """A worker's fields that bind it to its coordinator's node: one node only mounts its output."""
+    world.claim("own", "ReadWriteOnce")
+    return WHOLE | {"spec.output.storageUri": "pvc://own/runs"}
+
+
 def by_hand(*names: str) -> dict[str, Any]:
     return WHOLE | {"spec.scheduling": {"mode": "Manual", "nodeNames": list(names)}}
 
@@ -211,7 +217,7 @@ def test_a_single_worker_is_replaced_elsewhere_with_its_coordinator_when_their_n
     """Both sit on one node, for the sake of volumes that only one node can mount."""
     nodes.add(3)
     start(settings=SOON).wait_leading()
-    world.create("job", 1, WHOLE)
+    world.create("job", 1, on_one_node(world))
     world.prepare("job")
     run_on(world, "job", 1)
     (lost,) = on(world, "job")
@@ -233,6 +239,45 @@ def test_a_single_worker_is_replaced_elsewhere_with_its_coordinator_when_their_n
     (now,) = on(world, "job")
     assert now == replaced()[0].spec.node_name != lost
     assert world.status("job")["restartsCountTowardsMax"] == 0
+
+
+def test_a_coordinator_follows_its_only_worker_to_the_node_that_has_room_for_it(
+    world: World, start: Start, nodes: Nodes
+) -> None:
+    nodes.add(1, prefix="full")
+    _take_gpus(world, "full-0")
+    start(settings=SOON).wait_leading()
+    world.create("job", 1, on_one_node(world))
+    world.wait(lambda: _coordinators(world) == ["full-0"], "the coordinator's node")
+    nodes.add(1, prefix="free")
+    world.prepare("job")
+    world.wait(lambda: on(world, "job") == ["free-0"], "the worker to find the other")
+    world.wait(lambda: "free-0" in _coordinators(world), "the coordinator to follow")
+    (now,) = [pod for pod in world.pods("coordinator") if pod.spec.node_name == "free-0"]
+    world.kubelet.run(world.namespace, now.metadata.name)
+    run_on(world, "job", 1)
+    world.wait(
+        lambda: world.finish_what_leaves() and _coordinators(world) == ["free-0"], "one to be left"
+    )
+    assert world.status("job")["restarts"] == 0
+
+
+def test_the_coordinator_of_an_only_worker_keeps_away_from_the_pool_where_claims_are_shared(
+    world: World, start: Start, nodes: Nodes
+) -> None:
+    nodes.add(1, prefix="outside", pool=None)
+    nodes.add(1)
+    start().wait_leading()
+    world.create("job", 1, WHOLE)
+    world.prepare("job")
+    run_on(world, "job", 1)
+    assert _coordinators(world) == ["outside-0"]
+    assert on(world, "job") == ["node-0"]
+
+
+def _coordinators(world: World) -> list[str | None]:
+    """The nodes of coordinators."""
+    return [pod.spec.node_name for pod in world.pods("coordinator")]
 
 
 def _find(world: World, name: str) -> Any:
@@ -293,7 +338,7 @@ def test_a_coordinator_leaves_a_node_that_is_avoided_for_its_only_worker(
 ) -> None:
     nodes.add(1, prefix="bad")
     start(settings=SOON).wait_leading()
-    world.create("job", 1, WHOLE)
+    world.create("job", 1, on_one_node(world))
     world.prepare("job")
     run_on(world, "job", 1)
     _fail(world, "bad-0")

@@ -20,6 +20,8 @@ from cptjob_operator.observed import Child, Node, Pod
 _GRAVES = 10_000
 #: Names of a job's pods that went without an end; more are not worth their memory.
 _VANISHED = 2_000
+#: Seconds that news of a pod may wait for more, for each pod of its job.
+SECONDS_A_POD = 0.0002
 
 
 @dataclass(slots=True)
@@ -50,9 +52,14 @@ class _Pods:
 
 
 class Cache:
-    """The state of everything that is watched. `changed` is told each job that may need a pass."""
+    """The state of everything that is watched.
 
-    def __init__(self, changed: Callable[[JobKey], None] = lambda key: None) -> None:
+    changed: is told each job that may need a pass, and in how many seconds.
+    """
+
+    def __init__(
+        self, changed: Callable[[JobKey, float], None] = lambda key, seconds: None
+    ) -> None:
         self.changed = changed
         self.jobs: dict[JobKey, Job] = {}
         self.nodes: dict[str, Node] = {}
@@ -94,7 +101,7 @@ class Cache:
         )
         self._keys[self.jobs[key].id] = key
         if not own:
-            self.changed(key)
+            self.changed(key, 0.0)
         return True
 
     def drop_job(self, key: JobKey, uid: str) -> None:
@@ -104,7 +111,7 @@ class Cache:
         if known is not None and known.uid == uid:
             del self.jobs[key]
             self._forget(known)
-            self.changed(key)
+            self.changed(key, 0.0)
 
     def _forget(self, job: Job) -> None:
         self._keys.pop(job.id, None)
@@ -186,7 +193,8 @@ class Cache:
     def _tell(self, pod: Pod) -> None:
         key = self._keys.get(pod.job)
         if key is not None:
-            self.changed(key)
+            # A pass looks at every pod of its job: a large gang gets one for many of their events.
+            self.changed(key, SECONDS_A_POD * len(self._pods[pod.job].live))
 
     def pods_of(self, job: JobId) -> tuple[tuple[Pod, ...], frozenset[PodId]]:
         """The job's pods, and the identities of those that went without an end."""
@@ -243,7 +251,7 @@ class Cache:
                     break
         for job in self.jobs.values():
             if job.phase in ("Pending", "Starting", "Restarting"):
-                self.changed(job.key)
+                self.changed(job.key, 0.0)
 
     # --- children ---
 
@@ -280,7 +288,7 @@ class Cache:
                 self.drop_child(job, kind)
                 key = self._keys.get(job)
                 if key is not None:
-                    self.changed(key)
+                    self.changed(key, 0.0)
 
     def children_of(self, job: JobId) -> tuple[Child, ...]:
         return tuple(self._children.get(job, {}).values())

@@ -150,9 +150,11 @@ class Cluster:
         return job
 
     async def _claims(self, job: CPTJob, profile: Profile | None) -> Mapping[str, Claim] | None:
-        """The job's claims, where pods on several nodes are about to need them."""
+        """The job's claims, where pods are about to need them."""
         phase = job.status.phase if job.status else None
-        if profile is None or job.spec.trainer.num_nodes < 2 or phase in ("Running", "Complete"):
+        if profile is None or phase in ("Complete", "Failed"):
+            return None
+        if phase == "Running" and (job.spec.trainer.num_nodes > 1 or self._both_are_up(job)):
             return None
         namespace = job.metadata.namespace or ""
         found: dict[str, Claim] = {}
@@ -164,6 +166,11 @@ class Cluster:
             if claim is not None:
                 found[mount.claim] = claim
         return found
+
+    def _both_are_up(self, job: CPTJob) -> bool:
+        """The coordinator and its only worker: neither is about to be made."""
+        pods, _ = self._known.pods_of(_id(job))
+        return sum(pod.ready and pod.deleting is None for pod in pods) >= 2
 
     async def _claim(self, namespace: str, name: str) -> Claim | None:
         try:

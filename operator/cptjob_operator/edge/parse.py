@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast, get_args
 from pydantic_core import to_json
 
 from cptjob_api.job import API_VERSION, KIND
-from cptjob_operator.identity import JOB_NAME, JOB_UID, PLACE, JobId, PodId, base
+from cptjob_operator.identity import JOB_NAME, JOB_UID, NODE, JobId, PodId, base
 from cptjob_operator.objects.children import HASH
 from cptjob_operator.observed import (
     Child,
@@ -68,7 +68,7 @@ def pod(body: Mapping[str, Any]) -> Pod | None:
         gpus=_gpus(main),
         image_id=_name(own, "imageID") or None,
         owner_uid=owner_uid(body),
-        place=_place(_text(_map(about, "labels"), PLACE)),
+        bound_to=_text(_map(about, "annotations"), NODE) or None,
     )
 
 
@@ -144,10 +144,6 @@ def gpus_of_any(body: Mapping[str, Any]) -> int:
 
 
 # --- parts of a pod ---
-
-
-def _place(text: str) -> int:
-    return int(text) if text.isascii() and text.isdecimal() else 0
 
 
 def _unschedulable(condition: Mapping[str, Any]) -> str | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cptjob_api.conditions import Reason
-from cptjob_operator.identity import JOB_UID, PLACE, ROLE, Role
+from cptjob_operator.identity import JOB_UID, ROLE, Role
 from cptjob_operator.observed import Node
 from cptjob_operator.profile import Placement, Profile
 
@@ -34,42 +34,44 @@ def worker_affinity(
     profile: Profile,
     uid: str,
     *,
-    place: int | None = None,
+    near: str | None = None,
     soft: Collection[str] = (),
     hard: Collection[str] = (),
 ) -> dict[str, Any]:
     """Affinity of a worker.
 
-    place: it shares a node with the pods of its job that have this place; None: with any.
-    soft, hard: nodes to avoid where possible, and at any price.
+    near: the node to go to where possible. soft, hard: nodes to avoid where possible, and at any
+    price.
     """
     affinity: dict[str, Any] = {"nodeAffinity": _nodes_of_workers(profile.placement, hard)}
-    if soft:
+    preferred = [_name("In", near)] if near else []
+    preferred += [_name("NotIn", node) for node in sorted(soft)]
+    if preferred:
         affinity["nodeAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"] = [
-            {"weight": 100, "preference": {"matchFields": [_name("NotIn", node)]}}
-            for node in sorted(soft)
+            {"weight": 100, "preference": {"matchFields": [field]}} for field in preferred
         ]
     if profile.placement.mode == "Manual":
         # One worker a node. The coordinator asks for little and may sit beside one.
         affinity["podAntiAffinity"] = _required(_pods_of(uid, role=Role.WORKER))
-    if place is not None:
-        affinity["podAffinity"] = _required(_pods_at(uid, place))
     return affinity
 
 
 def coordinator_affinity(
-    profile: Profile, uid: str, *, place: int | None = None, hard: Collection[str] = ()
+    profile: Profile,
+    *,
+    beside: bool = False,
+    node: str | None = None,
+    hard: Collection[str] = (),
 ) -> dict[str, Any]:
     """Affinity of a coordinator: away from the pool's nodes where possible.
 
-    With a place, which it shares with its worker, it goes where the worker can go.
+    beside: it shares a node with its worker, so it goes where the worker can go. node: the one that
+    the worker is on, whatever became of its labels. hard: nodes to avoid at any price.
     """
-    if place is not None:
-        return {
-            "nodeAffinity": _nodes_of_workers(profile.placement, hard),
-            # The first pod of a place finds no other, which the scheduler lets pass.
-            "podAffinity": _required(_pods_at(uid, place)),
-        }
+    if node is not None:
+        return {"nodeAffinity": _one_of({"matchFields": [_name("In", node)]})}
+    if beside:
+        return {"nodeAffinity": _nodes_of_workers(profile.placement, hard)}
     away = {"matchExpressions": [{"key": profile.placement.label_key, "operator": "DoesNotExist"}]}
     return {
         "nodeAffinity": {
@@ -124,7 +126,11 @@ def _nodes_of_workers(placement: Placement, hard: Collection[str]) -> dict[str, 
     else:
         fields = [_name("NotIn", node) for node in sorted(hard)]
         terms = [common | ({"matchFields": fields} if fields else {})]
-    return {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}
+    return _one_of(*terms)
+
+
+def _one_of(*terms: dict[str, Any]) -> dict[str, Any]:
+    return {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": list(terms)}}
 
 
 def _demands(placement: Placement) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -144,11 +150,6 @@ def _name(operator: str, node: str) -> dict[str, Any]:
 
 def _pods_of(uid: str, role: Role | None = None) -> dict[str, Any]:
     labels = {JOB_UID: uid} | ({ROLE: str(role)} if role else {})
-    return {"labelSelector": {"matchLabels": labels}, "topologyKey": HOST_LABEL}
-
-
-def _pods_at(uid: str, place: int) -> dict[str, Any]:
-    labels = {JOB_UID: uid, PLACE: str(place)}
     return {"labelSelector": {"matchLabels": labels}, "topologyKey": HOST_LABEL}
 
 

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from typing import Any
 
 from cptjob_api.job import CPTJob
-from cptjob_operator.identity import PLACE, PodId, base, owner
+from cptjob_operator.identity import NODE, PodId, base, owner
 from cptjob_operator.objects import placement
 from cptjob_operator.profile import QUEUE_LABEL, VOLUMES, Profile, Resources
 
@@ -40,11 +40,15 @@ def coordinator(
     job: CPTJob,
     profile: Profile,
     pod_id: PodId,
-    place: int = 0,
     excluded_hard: Collection[str] = (),
+    *,
+    beside: bool = False,
+    node: str | None = None,
 ) -> Manifest:
-    """The pod that prepares data, hosts the store and serves progress. No queue and no GPU."""
-    at = place if share_a_node(job, profile) else None
+    """The pod that prepares data, hosts the store and serves progress. No queue and no GPU.
+
+    beside: it shares a node with its worker; node: which one, where the worker has it already.
+    """
     arguments = ["--store-port", str(STORE_PORT), "--http-port", str(HTTP_PORT)]
     container = _container(profile, "cptjob_trainer.coordinator", arguments)
     container["resources"] = _resources(profile.coordinator)
@@ -55,11 +59,11 @@ def coordinator(
     container["readinessProbe"] = _probe("/readyz", period=2, failures=3, timeout=5)
     # It answers while it prepares, if slowly: only a process that hangs is to be killed.
     container["livenessProbe"] = _probe("/healthz", period=20, failures=6, timeout=10, delay=30)
-    affinity = placement.coordinator_affinity(profile, pod_id.uid, place=at, hard=excluded_hard)
+    affinity = placement.coordinator_affinity(profile, beside=beside, node=node, hard=excluded_hard)
     spec = _spec(job, profile, container, affinity)
-    if at is not None:
+    if beside and node is None:
         spec |= _selector(profile)
-    return _pod(job, pod_id, spec, _at(at))
+    return _pod(job, pod_id, spec, annotations={NODE: node} if node else None)
 
 
 def worker(
@@ -68,9 +72,12 @@ def worker(
     pod_id: PodId,
     excluded_soft: Collection[str] = (),
     excluded_hard: Collection[str] = (),
-    place: int = 0,
+    near: str | None = None,
 ) -> Manifest:
-    """A pod that trains. Nodes that pods failed on are avoided where possible, or at any price."""
+    """A pod that trains. Nodes that pods failed on are avoided where possible, or at any price.
+
+    near: the node to go to where possible.
+    """
     name, uid = job.metadata.name, pod_id.uid
     nodes = job.spec.trainer.num_nodes
     arguments = [
@@ -81,9 +88,8 @@ def worker(
     ]
     container = _container(profile, "cptjob_trainer.launch", arguments)
     container["resources"] = _resources(profile.worker)
-    at = place if share_a_node(job, profile) else None
     affinity = placement.worker_affinity(
-        profile, uid, place=at, soft=excluded_soft, hard=excluded_hard
+        profile, uid, near=near, soft=excluded_soft, hard=excluded_hard
     )
     spec = _spec(job, profile, container, affinity) | _selector(profile)
     if profile.runtime_class_name:
@@ -92,7 +98,7 @@ def worker(
         spec["schedulerName"] = profile.scheduler_name
     if profile.pod_group:
         spec["schedulingGroup"] = {"podGroupName": profile.pod_group}
-    labels, annotations = profile.labels | _at(at), dict(profile.annotations)
+    labels, annotations = dict(profile.labels), dict(profile.annotations)
     if profile.queue:
         labels |= {
             QUEUE_LABEL: profile.queue,
@@ -100,15 +106,6 @@ def worker(
         }
         annotations |= {_GROUP_SIZE: str(nodes), _ROLE_HASH: "worker"}
     return _pod(job, pod_id, spec, labels, annotations)
-
-
-def share_a_node(job: CPTJob, profile: Profile) -> bool:
-    """Whether all pods go to one node: a ReadWriteOnce claim can be mounted on one only."""
-    return job.spec.trainer.num_nodes == 1 and bool(profile.mounts)
-
-
-def _at(place: int | None) -> dict[str, str]:
-    return {} if place is None else {PLACE: str(place)}
 
 
 def _pod(

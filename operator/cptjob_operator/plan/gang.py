@@ -50,29 +50,32 @@ class Gang:
         return self._by_id.get(self.coordinator_id)
 
     @cached_property
+    def _worker_ids(self) -> tuple[PodId, ...]:
+        return tuple(self.worker_id(index) for index in range(self.size))
+
+    @cached_property
     def workers(self) -> tuple[Pod, ...]:
         """The wanted workers that exist, by index."""
-        found = (self._by_id.get(self.worker_id(index)) for index in range(self.size))
+        found = (self._by_id.get(each) for each in self._worker_ids)
         return tuple(pod for pod in found if pod is not None)
 
     @cached_property
     def missing(self) -> tuple[PodId, ...]:
         """Wanted workers that do not exist."""
-        wanted = (self.worker_id(index) for index in range(self.size))
-        return tuple(each for each in wanted if each not in self._by_id)
+        return tuple(each for each in self._worker_ids if each not in self._by_id)
 
     @cached_property
     def surplus(self) -> tuple[Pod, ...]:
         """Pods that run and are not wanted: of an earlier attempt or incarnation, or one too many."""
-        wanted = {self.worker_id(index) for index in range(self.size)} | {self.coordinator_id}
+        wanted = {*self._worker_ids, self.coordinator_id}
         return tuple(pod for pod in self.pods if pod.active and pod.id not in wanted)
 
-    @property
+    @cached_property
     def active(self) -> tuple[Pod, ...]:
         """Every pod of the job that holds or will hold a node, wanted or not."""
         return tuple(pod for pod in self.pods if pod.active)
 
-    @property
+    @cached_property
     def active_workers(self) -> tuple[Pod, ...]:
         return tuple(pod for pod in self.active if pod.role is Role.WORKER)
 

@@ -5,7 +5,7 @@ from datetime import timedelta
 
 from cptjob_api.conditions import Phase, Reason
 from cptjob_operator.objects import pods
-from cptjob_operator.observed import Claim, Pod
+from cptjob_operator.observed import Pod
 from cptjob_operator.plan import accept, outcomes, restarts, together, waiting
 from cptjob_operator.plan.look import LOOK_AGAIN_SECONDS, Look
 from cptjob_operator.wanted import Event, Wanted
@@ -33,12 +33,14 @@ def acceptance(look: Look) -> Wanted | Look | None:
 def claims(look: Look) -> Wanted | None:
     """With several workers, each volume claim must be there and take several nodes."""
     known = look.observed.claims
+    if look.gang.size == 1:
+        return _claims_of_one(look)
     if known is None or look.ran:
         return None
     names = [each.claim for each in look.profile.mounts]
     for name in names:
         claim = known.get(name)
-        if claim is not None and not _shared(claim, written=name == look.profile.output_claim):
+        if claim is not None and not together.is_shared(look.profile, claim):
             return look.fail(
                 Reason.CLAIM_NOT_SHARED,
                 f"volume claim {name} ({', '.join(claim.access_modes)}) cannot serve "
@@ -55,9 +57,24 @@ def claims(look: Look) -> Wanted | None:
     return look.wait(Phase.PENDING, Reason.WAITING_FOR_CLAIM, message, LOOK_AGAIN_SECONDS)
 
 
-def _shared(claim: Claim, *, written: bool) -> bool:
-    modes = set(claim.access_modes)
-    return "ReadWriteMany" in modes or (not written and "ReadOnlyMany" in modes)
+def _claims_of_one(look: Look) -> Wanted | None:
+    """A single worker may share a node with its coordinator, so theirs need only take two pods.
+
+    A claim that is missing is for the scheduler to tell.
+    """
+    known = look.observed.claims
+    if known is None:
+        # They are read in the next pass, now that it is known which they are.
+        phase, reason = _on_the_way(look)
+        return None if look.gang.coordinator else look.wait(phase, reason, reason.sentence, 0.0)
+    for claim in known.values():
+        if claim.access_modes == ("ReadWriteOncePod",):
+            return look.fail(
+                Reason.CLAIM_NOT_SHARED,
+                f"volume claim {claim.name} (ReadWriteOncePod) serves one pod, and a job has a "
+                "coordinator and workers; take one that is ReadWriteOnce or ReadWriteMany",
+            )
+    return None
 
 
 def preparation(look: Look) -> Wanted | None:
@@ -117,8 +134,9 @@ def _make_coordinator(look: Look) -> Wanted:
         reason, message = refused.reason, refused.message
     pod = pods.coordinator(
         *(look.job, look.profile, look.gang.coordinator_id),
-        place=together.place(look),
         excluded_hard=look.avoided[1],
+        beside=together.needed(look),
+        node=together.node_of_worker(look),
     )
     return look.settle(
         Wanted(

@@ -132,8 +132,12 @@ def _useful_until(look: Look) -> datetime | None:
 
 
 def _late(gang: Gang) -> list[Pod]:
-    """Workers that are not up yet, though no queue holds them back."""
-    return [pod for pod in gang.workers if pod.active and not pod.ready and not pod.gated]
+    """Workers that are not up yet, though no queue holds them back; a coordinator they wait for."""
+    late = [pod for pod in gang.workers if pod.active and not pod.ready and not pod.gated]
+    new = gang.coordinator
+    if new is not None and new.phase == "Pending" and gang.active_workers:
+        late.append(new)
+    return late
 
 
 def start_due(look: Look) -> datetime | None:

@@ -54,13 +54,20 @@ def running(look: Look) -> Wanted | None:
     events: tuple[Event, ...] = ()
     if look.status.phase is not Phase.RUNNING:
         events = (Event("Normal", Reason.RUNNING, f"{look.gang.size} workers train"),)
-    return look.settle(Wanted(status=status, objects=look.missing_children(), events=events))
+    return look.settle(
+        Wanted(
+            status=status,
+            objects=look.missing_children(),
+            events=events,
+            again=start_due(look),
+        )
+    )
 
 
 def _make_workers(look: Look, missing: Iterable[PodId]) -> tuple[dict[str, Any], ...]:
     soft, hard = look.avoided
-    at = together.place(look)
-    return tuple(pods.worker(look.job, look.profile, each, soft, hard, at) for each in missing)
+    near = together.near(look)
+    return tuple(pods.worker(look.job, look.profile, each, soft, hard, near) for each in missing)
 
 
 def _before_running(look: Look) -> Phase:

@@ -1,48 +1,73 @@
-"""Where the pods of a job go that must share a node, as a ReadWriteOnce claim demands. Pure.
+"""Where the two pods of a one-worker job go whose claims only one node can mount. Pure.
 
-Each such pod carries a place, a number, and is bound by affinity to the node where pods of the same
-place are. When their node is lost or avoided, the next ones get another place: else the scheduler
-would send them to the node where the old ones still hang.
+The worker leads, as it needs the devices: the coordinator's node is what it prefers. When it went to
+another, the coordinator, which needs little, is made anew on that one.
 """
 
-from cptjob_operator.identity import Role
-from cptjob_operator.objects import pods
-from cptjob_operator.observed import Pod
+from cptjob_operator.observed import Claim, Pod
 from cptjob_operator.plan.look import Look
+from cptjob_operator.profile import Profile
 
 
-def place(look: Look) -> int:
-    """The place of the next pod: that of pods that hold a node which will do, else a new one."""
-    active = look.gang.active
-    anchored = [pod.place for pod in active if pod.node is not None and _stays(look, pod)]
-    if anchored:
-        return max(anchored)
-    left = {pod.place for pod in active if pod.node is not None}
-    waiting = [pod.place for pod in active if pod.node is None and pod.deleting is None]
-    free = [each for each in waiting if each not in left]
-    return max(free) if free else max((*left, *waiting, -1)) + 1
+def needed(look: Look) -> bool:
+    """Whether the pods must share a node, as far as is known of their claims."""
+    if look.gang.size > 1:
+        return False
+    known = look.observed.claims or {}
+    found = [known.get(each.claim) for each in look.profile.mounts]
+    return any(claim is None or not is_shared(look.profile, claim) for claim in found)
+
+
+def is_shared(profile: Profile, claim: Claim) -> bool:
+    """Whether pods on several nodes can mount the claim."""
+    modes, written = set(claim.access_modes), claim.name == profile.output_claim
+    return "ReadWriteMany" in modes or (not written and "ReadOnlyMany" in modes)
+
+
+def near(look: Look) -> str | None:
+    """The node that a worker prefers: that of its coordinator, unless pods failed there."""
+    pod = look.gang.coordinator
+    if pod is None or pod.deleting is not None or not needed(look):
+        return None
+    soft, hard = look.avoided
+    return None if pod.node in (*soft, *hard) else pod.node
+
+
+def node_of_worker(look: Look) -> str | None:
+    """The node that a coordinator must be on; None when the worker is on none, or on a lost one."""
+    if not needed(look):
+        return None
+    return next((pod.node for pod in look.gang.workers if _stays(look, pod)), None)
 
 
 def moving(look: Look) -> Look | None:
-    """Replaces pods that wait for a node which will not do, and a coordinator that is alone on one."""
-    if not pods.share_a_node(look.job, look.profile):
+    """Replaces a coordinator that is not, or will not be, where its worker is or can be."""
+    pod = look.gang.coordinator
+    if pod is None or not pod.active or pod.deleting is not None:
         return None
-    gang, at = look.gang, place(look)
-    wanted = [pod for pod in (gang.coordinator, *gang.workers) if pod is not None and pod.active]
-    moved = [
-        pod.id
-        for pod in wanted
-        if pod.deleting is None and pod.place != at and (pod.node is None or _is_alone(look, pod))
-    ]
-    return look.with_status(gang.next_incarnation(*moved)) if moved else None
+    if look.observed.claims is None or not needed(look):
+        return None
+    node = node_of_worker(look)
+    if node is not None:
+        strays = (pod.node or pod.bound_to) != node
+    else:
+        strays = _waits_for_nobody(pod) or _is_alone(look, pod)
+    return look.with_status(look.gang.next_incarnation(pod.id)) if strays else None
 
 
-def _stays(look: Look, pod: Pod) -> bool:
-    """Whether pods can join this one on its node; one that is not ready may come back."""
-    return pod.deleting is None and pod.node not in look.avoided[1]
+def _stays(look: Look, worker: Pod) -> bool:
+    """It has a node, and is not about to leave it."""
+    if not worker.active or worker.deleting is not None or worker.node is None:
+        return False
+    node = look.observed.nodes.get(worker.node)
+    return node is None or node.ready
+
+
+def _waits_for_nobody(pod: Pod) -> bool:
+    """It is bound to a node where no worker is any more."""
+    return pod.node is None and pod.bound_to is not None
 
 
 def _is_alone(look: Look, pod: Pod) -> bool:
-    """A coordinator on a node that is avoided, whose worker is yet to come."""
-    workers = [each for each in look.gang.active_workers if each.node is not None]
-    return pod.role is Role.COORDINATOR and pod.node in look.avoided[1] and not workers
+    """It is on a node that is avoided, and no worker is on any."""
+    return pod.node in look.avoided[1] and not any(each.node for each in look.gang.active_workers)

@@ -23,7 +23,7 @@ def make_told() -> list[JobKey]:
 @pytest.fixture(name="cache")
 def make_cache(told: list[JobKey], job_body: MakeBody) -> Cache:
     """With one job; `told` begins after it."""
-    cache = Cache(told.append)
+    cache = Cache(lambda key, seconds: told.append(key))
     cache.put_job(job_body(1))
     told.clear()
     return cache

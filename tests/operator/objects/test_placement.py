@@ -225,7 +225,7 @@ def test_of_named_nodes_one_that_failed_is_left_out_but_never_the_last(manual: P
 def test_the_coordinator_prefers_nodes_outside_of_pools_and_never_demands_one(
     auto: Profile,
 ) -> None:
-    affinity = placement.coordinator_affinity(auto, "1")
+    affinity = placement.coordinator_affinity(auto)
     assert affinity == {
         "nodeAffinity": {
             "preferredDuringSchedulingIgnoredDuringExecution": [
@@ -238,17 +238,23 @@ def test_the_coordinator_prefers_nodes_outside_of_pools_and_never_demands_one(
     }
 
 
-def test_pods_that_share_a_claim_go_where_the_worker_may_go(auto: Profile) -> None:
-    worker = placement.worker_affinity(auto, "1", place=3)
-    coordinator = placement.coordinator_affinity(auto, "1", place=3)
-    assert terms(worker) == terms(coordinator)
-    assert worker["podAffinity"] == coordinator["podAffinity"]
-    (term,) = worker["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
-    # Either pod finds the other, whichever was there first, and none that was left elsewhere.
-    assert term["labelSelector"]["matchLabels"] == {
-        "training.cptjob.io/job-uid": "1",
-        "training.cptjob.io/place": "3",
-    }
+def test_a_coordinator_that_shares_a_claim_goes_where_its_worker_may_go(auto: Profile) -> None:
+    worker = placement.worker_affinity(auto, "1")
+    assert terms(placement.coordinator_affinity(auto, beside=True)) == terms(worker)
+    # Where the worker is, labels do not matter any more.
+    (term,) = terms(placement.coordinator_affinity(auto, beside=True, node="a"))
+    assert term == {"matchFields": [name_is("In", "a")]}
+
+
+def test_a_worker_prefers_the_node_that_is_near_and_keeps_away_from_those_to_avoid(
+    auto: Profile,
+) -> None:
+    affinity = placement.worker_affinity(auto, "1", near="a", soft={"b"})
+    preferred = affinity["nodeAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
+    assert [each["preference"]["matchFields"] for each in preferred] == [
+        [name_is("In", "a")],
+        [name_is("NotIn", "b")],
+    ]
 
 
 def test_a_lost_node_is_tolerated_for_a_short_while_and_no_other_ill(accepted: Accept) -> None:

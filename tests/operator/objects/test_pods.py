@@ -102,7 +102,7 @@ def rendered(case: str) -> list[Manifest]:
     profile = answer.profile
     return [
         *children.children(job, profile, answer.config, settings.network),
-        pods.coordinator(job, profile, identity(Role.COORDINATOR)),
+        pods.coordinator(job, profile, identity(Role.COORDINATOR), beside=case == "one-node"),
         pods.worker(job, profile, identity(index=1, attempt=2), {"gpu-1"}, {"gpu-2"}),
     ]
 

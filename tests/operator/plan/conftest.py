@@ -13,7 +13,7 @@ import pytest
 from cptjob_api.conditions import Condition, Phase
 from cptjob_api.job import CPTJob
 from cptjob_api.status import CPTJobStatus
-from cptjob_operator.identity import PLACE, PodId, Role
+from cptjob_operator.identity import NODE, PodId, Role
 from cptjob_operator.objects import children
 from cptjob_operator.observed import (
     Child,
@@ -104,8 +104,15 @@ class World:
             nodes=dict(self.nodes),
             report=self.report,
             refused=dict(self.refused),
-            claims=self.claims,
+            claims=self._read_claims(),
         )
+
+    def _read_claims(self) -> dict[str, Claim] | None:
+        """None where it is not known yet which they are; `claims`, or all fit for several nodes."""
+        if self.profile is None or self.claims is not None:
+            return None if self.profile is None else self.claims
+        names = [each.claim for each in self.profile.mounts]
+        return {name: Claim(name, ("ReadWriteMany",)) for name in names}
 
     def plan(self) -> Wanted:
         return plan(self.job, self.observed, self.settings, self.now)
@@ -177,7 +184,7 @@ class World:
             gpus=0,
             image_id=None,
             owner_uid=UID,
-            place=int(manifest["metadata"]["labels"].get(PLACE, 0)),
+            bound_to=manifest["metadata"].get("annotations", {}).get(NODE),
         )
 
     # --- kubelet and scheduler ----------------------------------------------------------------

@@ -92,6 +92,11 @@ REFUSED: list[tuple[dict[str, Any], Reason, str]] = [
         "no resource has this name",
     ),
     (
+        {"spec.trainer.resourcesPerNode": {"limits": {"cpu": "800E1000000"}}},
+        Reason.INVALID_SPEC,
+        "limits.cpu: 800E1000000",
+    ),
+    (
         {"spec.trainer.resourcesPerNode": {"limits": {"cpu": "-1"}}},
         Reason.INVALID_SPEC,
         "limits.cpu: -1 is below 0",

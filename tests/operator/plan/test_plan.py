@@ -1,6 +1,7 @@
 """What becomes of a job, pass by pass."""
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -579,11 +580,9 @@ class TestClaims:
         job.train()
 
 
-# --- pods that share a node ---
+# --- a worker and its coordinator that share a node ---
 
-
-def _place(pod: Any) -> str:
-    return str(pod["metadata"]["labels"]["training.cptjob.io/place"])
+OF_ONE_NODE = {name: Claim(name, ("ReadWriteOnce",)) for name in ("models", "data", "results")}
 
 
 def _made(wanted: Any) -> dict[str, Any]:
@@ -592,26 +591,107 @@ def _made(wanted: Any) -> dict[str, Any]:
     return {each["metadata"]["labels"]["training.cptjob.io/role"]: each for each in pods}
 
 
-def test_the_pods_of_a_lost_node_do_not_hold_those_that_come_after_them(world: MakeWorld) -> None:
+def _node(pod: Any) -> str | None:
+    """The node that a coordinator must be on."""
+    node: str | None = pod["metadata"].get("annotations", {}).get("training.cptjob.io/node")
+    return node
+
+
+def _preferred(pod: Any) -> list[Any]:
+    affinity = pod["spec"]["affinity"]["nodeAffinity"]
+    terms = affinity.get("preferredDuringSchedulingIgnoredDuringExecution", [])
+    return [field for term in terms for field in term["preference"].get("matchFields", [])]
+
+
+@pytest.fixture
+def together(world: MakeWorld) -> Any:
+    """A job of one worker whose claims one node only can mount."""
     job = world(trainer={"numNodes": 1})
-    job.settle()
-    job.change(job.pod(Role.COORDINATOR), node="lost")
+    job.claims = OF_ONE_NODE
+    return job
+
+
+def test_a_worker_prefers_the_node_of_its_coordinator(together: Any) -> None:
+    together.settle()
+    together.change(together.pod(Role.COORDINATOR), node="here")
+    together.get_ready(together.pod(Role.COORDINATOR))
+    worker = _made(together.step())["worker"]
+    assert _preferred(worker) == [{"key": "metadata.name", "operator": "In", "values": ["here"]}]
+
+
+def test_a_coordinator_follows_its_worker_that_found_room_elsewhere(together: Any) -> None:
+    together.settle()
+    first = together.pod(Role.COORDINATOR)
+    together.change(first, node="full")
+    together.get_ready(first)
+    together.settle()
+    together.change(together.workers[0], node="free")
+    wanted = together.step()
+    assert [each.name for each in wanted.deletions] == [first.name]
+    assert _node(_made(wanted)["coordinator"]) == "free"
+    together.settle()
+    assert together.pod(Role.COORDINATOR).bound_to == "free"
+    assert together.status.restarts == 0
+
+
+def test_claims_that_several_nodes_can_mount_keep_nobody_together(world: MakeWorld) -> None:
+    job = world(trainer={"numNodes": 1})
     job.train()
-    job.change(job.workers[0], node="lost")
-    # Asked to go one after the other; the node does not answer, so they stay.
-    job.change(job.pod(Role.COORDINATOR), deleting=job.now)
-    first = _made(job.step())
-    assert _place(first["coordinator"]) == "0", "it follows the worker, which still trains"
-    job.change(job.workers[0], deleting=job.now)
-    second = _made(job.step())
-    assert _place(second["coordinator"]) == "1"
-    assert job.status.incarnations[0].incarnation == 2
+    assert job.pod(Role.COORDINATOR).node != "elsewhere"
+    job.change(job.workers[0], node="elsewhere")
+    assert _made(job.step()) == {}
 
 
-def test_a_worker_goes_where_its_coordinator_is(world: MakeWorld) -> None:
+def test_the_coordinator_of_a_single_worker_waits_until_its_claims_are_read(
+    world: MakeWorld,
+) -> None:
     job = world(trainer={"numNodes": 1})
-    made = _made(job.step())
-    assert _place(made["coordinator"]) == "0"
-    job.change(job.pod(Role.COORDINATOR), node="here")
-    job.get_ready(job.pod(Role.COORDINATOR))
-    assert _place(_made(job.step())["worker"]) == "0"
+    wanted = job.step()
+    assert _made(wanted) == {}
+    assert wanted.again == job.now
+    again = job.step()
+    assert list(_made(again)) == ["coordinator"]
+    assert again.status is None, "one write is enough"
+
+
+def test_a_claim_for_one_pod_is_refused_by_name(world: MakeWorld) -> None:
+    job = world(trainer={"numNodes": 1})
+    job.claims = OF_ONE_NODE | {"data": Claim("data", ("ReadWriteOncePod",))}
+    job.settle()
+    assert job.condition(Condition.FAILED) == ("True", "ClaimNotShared")
+    assert "claim data (ReadWriteOncePod)" in job.status.condition(Condition.FAILED).message
+
+
+def test_the_pods_of_a_lost_node_do_not_hold_those_that_come_after_them(together: Any) -> None:
+    together.settle()
+    together.change(together.pod(Role.COORDINATOR), node="lost")
+    together.get_ready(together.pod(Role.COORDINATOR))
+    together.settle()
+    together.change(together.workers[0], node="lost")
+    together.get_ready(together.workers[0])
+    together.settle()
+    # Asked to go one after the other; the node does not answer, so they stay.
+    together.change(together.pod(Role.COORDINATOR), deleting=together.now)
+    first = _made(together.step())
+    assert _node(first["coordinator"]) == "lost", "it follows the worker, which still trains"
+    together.change(together.workers[0], deleting=together.now)
+    second = _made(together.step())
+    assert _node(second["coordinator"]) is None
+    assert together.status.incarnations[0].incarnation == 2
+
+
+def test_a_gang_whose_new_coordinator_does_not_start_gives_back_what_it_holds(
+    world: MakeWorld,
+) -> None:
+    job = world(startupDeadlineSeconds=300)
+    job.train()
+    job.vanish(job.pod(Role.COORDINATOR))
+    job.settle()
+    job.change(job.pod(Role.COORDINATOR), unschedulable="0/3 nodes are available: 3 Too many pods.")
+    job.step()
+    assert job.plan().again <= job.now + timedelta(seconds=300)
+    job.wait(301)
+    job.settle()
+    assert job.workers == []
+    assert job.condition(Condition.READY)[1] == "Unschedulable"
+    assert any(reason == "StartupDeadlineExceeded" for reason, _ in job.events)
