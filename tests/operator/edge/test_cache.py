@@ -50,6 +50,16 @@ def test_a_pod_is_told_of_only_when_something_changed_that_matters(
     assert pod.version == 6
 
 
+def test_news_of_a_large_gang_waits_for_more_of_it(pod_body: MakeBody, job_body: MakeBody) -> None:
+    waits: list[float] = []
+    cache = Cache(lambda key, seconds: waits.append(seconds))
+    cache.put_job(job_body(1))
+    for number in range(500):
+        cache.put_pod(pod_body(5 + number, number))
+    assert waits[1] < 0.001
+    assert 0.05 < waits[-1] < 0.2
+
+
 def test_an_answer_to_our_own_write_calls_for_no_pass(
     cache: Cache, told: list[JobKey], pod_body: MakeBody, job_body: MakeBody
 ) -> None:
