@@ -15,6 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tests" / "cluster")]
 
+import costs  # noqa: E402
 import measures  # noqa: E402
 import report  # noqa: E402
 import results  # noqa: E402
@@ -24,7 +25,7 @@ Say = Callable[[str], None]
 KINDS = {"still": stages.STILL, "live": stages.LIVE}
 # What the figures are of.
 FILES = ["bench/operator", "operator/cptjob_operator"]
-PARTS = ("latency", "burst", "gang", "replace", "calls", "fleet")
+PARTS = ("latency", "burst", "gang", "replace", "calls", "costs", "fleet")
 
 
 def options() -> argparse.Namespace:
@@ -98,6 +99,11 @@ async def _sides(asked: argparse.Namespace, stage: stages.Stage, say: Say) -> No
         for kind in asked.pods:
             async with measures.sides(stage, operator, KINDS[kind]) as at:
                 await many(asked, kind, at, say)
+        if "costs" in asked.only:
+            async with measures.sides(stage, operator) as at:
+                whole = await costs.parts(at)
+    if "costs" in asked.only:
+        say(report.costs(await costs.costs(stage, whole)))
 
 
 async def _fleet(asked: argparse.Namespace, stage: stages.Stage) -> measures.Fleet:

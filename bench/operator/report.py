@@ -1,6 +1,6 @@
 """The figures in words."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 
 from measures import WORKERS, Burst, Fleet, Latencies, Replacements
@@ -159,3 +159,8 @@ def fleet(found: Fleet) -> str:
     ]
     head = [f"{found.jobs:,} coordinators and {found.jobs * WORKERS:,} workers, all running"]
     return table([*head, "", "target"], rows)
+
+
+def costs(found: Mapping[str, float]) -> str:
+    rows = [[name, f"{value:.1f}"] for name, value in found.items()]
+    return table(["a request", "API server, CPU ms"], rows)
