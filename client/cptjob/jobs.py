@@ -112,11 +112,8 @@ def local_uid(name: str) -> str:
     return str(uuid.uuid5(uuid.NAMESPACE_URL, f"cptjob:local/{name}"))
 
 
-# What of `spec` only a cluster heeds: secrets, pods and their places, the operator's deadlines.
+# What of `spec` only a cluster heeds: pods, their secrets and places, the operator's deadlines.
 CLUSTER_ONLY = (
-    "model.secretRef",
-    "datasets[].secretRef",
-    "validation.datasets[].secretRef",
     "trainer.image",
     "trainer.imagePullSecrets",
     "trainer.secretRefs",

@@ -37,6 +37,7 @@ def _any(value: Any) -> bool:
 
 _COPY = "s3:// and hf:// cannot be read yet; copy it to a volume and write pvc://CLAIM/path"
 _WRITE = "s3:// cannot be written yet; write pvc://CLAIM/path"
+_SECRET = "no storage that needs a secret can be read yet; leave it out"
 _HANGS = "hung processes are not watched for yet; leave it out"
 
 MISSING: tuple[Missing, ...] = (
@@ -45,6 +46,9 @@ MISSING: tuple[Missing, ...] = (
     Missing("spec.datasets[].storageUri", _remote, _COPY),
     Missing("spec.validation.datasets[].storageUri", _remote, _COPY),
     Missing("spec.output.storageUri", _remote, _WRITE),
+    Missing("spec.model.secretRef", _any, _SECRET),
+    Missing("spec.datasets[].secretRef", _any, _SECRET),
+    Missing("spec.validation.datasets[].secretRef", _any, _SECRET),
     Missing(
         "spec.data.deduplicate",
         _not("None"),

@@ -12,6 +12,7 @@ from cptjob_api.unsupported import MISSING, unsupported
 
 MakeJob = Callable[..., dict[str, Any]]
 
+VALIDATION = {"name": "v", "storageUri": "file:///v"}
 ASKED: list[tuple[dict[str, Any], str]] = [
     ({"spec.task": "MaskedLM"}, "spec.task: only CausalLM"),
     ({"spec.model.storageUri": "s3://bucket/x"}, "spec.model.storageUri: s3://"),
@@ -23,6 +24,12 @@ ASKED: list[tuple[dict[str, Any], str]] = [
     (
         {"spec.output.storageUri": "s3://bucket/x"},
         "spec.output.storageUri: s3:// cannot be written",
+    ),
+    ({"spec.model.secretRef": {"name": "key"}}, "spec.model.secretRef: no storage"),
+    ({"spec.datasets[0].secretRef": {"name": "key"}}, "spec.datasets[0].secretRef: no storage"),
+    (
+        {"spec.validation.datasets": [VALIDATION | {"secretRef": {"name": "key"}}]},
+        "spec.validation.datasets[0].secretRef: no storage",
     ),
     ({"spec.data.deduplicate": "Near"}, "spec.data.deduplicate: "),
     ({"spec.training.sifting.mode": "Shared"}, "spec.training.sifting.mode: "),
@@ -48,7 +55,7 @@ FINE: list[dict[str, Any]] = [
     {"spec.hangDetection": {"stepTimeoutSeconds": 1800}},
     {"spec.elasticPolicy": {"minNodes": 2, "maxNodes": 2}, "spec.trainer.numNodes": 2},
     {"spec.elasticPolicy": {"maxRestarts": 1}},
-    {"spec.validation.datasets": [{"name": "v", "storageUri": "file:///v"}]},
+    {"spec.validation.datasets": [VALIDATION]},
 ]
 
 

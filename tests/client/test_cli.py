@@ -2,11 +2,14 @@
 
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from cptjob import cli
+from cptjob_trainer.config import TrainerConfig
 from cptjob_trainer.errors import UsageError
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
@@ -131,15 +134,34 @@ def test_a_broken_model_is_refused_by_the_trainer_in_one_line(cptjob: Cli, place
 def test_what_only_a_cluster_heeds_is_named_in_one_note(cptjob: Cli, place: Path) -> None:
     manifest = place / "job.yaml"
     assert "note:" not in cptjob("estimate", "job.yaml").stderr
-    text = manifest.read_text().replace(
-        'datasets:\n    - {name: law, storageUri: "pvc://data/law"}',
-        'datasets:\n    - {name: law, storageUri: "pvc://data/law", secretRef: {name: key}}',
-    )
     policies = "activeDeadlineSeconds: 60\n  failurePolicy: {maxRestarts: 1}\n"
-    manifest.write_text(f"{text}  {policies}  ttlSecondsAfterFinished: 0\n")
+    manifest.write_text(f"{manifest.read_text()}  {policies}  ttlSecondsAfterFinished: 0\n")
     done = cptjob("estimate", "job.yaml")
     assert done.returncode == 0, done.stderr
     assert done.stderr == (
-        "note: a local run passes over what only a cluster heeds: spec.datasets[0].secretRef, "
-        "spec.failurePolicy, spec.activeDeadlineSeconds, spec.ttlSecondsAfterFinished\n"
+        "note: a local run passes over what only a cluster heeds: spec.failurePolicy, "
+        "spec.activeDeadlineSeconds, spec.ttlSecondsAfterFinished\n"
     )
+
+
+def test_a_command_that_is_killed_leaves_nothing_in_the_temporary_folder(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = place / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.chdir(place)
+    seen: list[tuple[list[str], str, list[Path]]] = []
+
+    def run(command: list[str], *, input: str, **_: object) -> subprocess.CompletedProcess[str]:
+        seen.append((command[3:], input, list(folder.iterdir())))
+        return subprocess.CompletedProcess(command, 7)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["validate", "--data", "job.yaml"])
+    assert ended.value.code == 7
+    ((arguments, given, left),) = seen
+    assert arguments == ["--config", "/dev/stdin", "--check-only"]
+    assert TrainerConfig.from_json(given).name == "small"
+    assert left == []
