@@ -8,7 +8,6 @@ import os
 import shlex
 import subprocess
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -240,12 +239,11 @@ def export(
 
 def _run_module(module: str, job: "LocalJob", *arguments: str) -> int:
     """Runs a module of the trainer on the job's configuration; its exit code."""
-    with tempfile.TemporaryDirectory(prefix="cptjob-") as directory:
-        config = Path(directory) / "config.json"
-        job.config.dump(config)
-        return _call(module, "--config", str(config), *arguments)
+    # Not through a file: a command that is killed would leave it behind.
+    config = job.config.model_dump_json()
+    return _call(module, "--config", "/dev/stdin", *arguments, given=config)
 
 
-def _call(module: str, *arguments: str) -> int:
+def _call(module: str, *arguments: str, given: str | None = None) -> int:
     command = [sys.executable, "-m", f"cptjob_trainer.{module}", *arguments]
-    return subprocess.run(command, check=False).returncode
+    return subprocess.run(command, input=given, text=True, check=False).returncode
