@@ -8,6 +8,7 @@ from cptjob_trainer import documents, tokens
 from cptjob_trainer.config import DatasetInput, TrainerConfig
 from cptjob_trainer.documents import Chunk
 from cptjob_trainer.errors import ConfigError, DataError, Fault, Stopped
+from cptjob_trainer.known_files import KnownFiles
 from cptjob_trainer.tokens import Options, Shard
 
 # Faults and skipped lines that are kept; beyond that they are counted.
@@ -79,13 +80,18 @@ class Corpus:
         *,
         stop: Callable[[], bool],
         processes: int | None,
+        known: KnownFiles | None = None,
     ) -> None:
         """Validate all chunks, and tokenise them when `options` name a directory.
+
+        Files that are `known` and have not changed are not read.
 
         `report(done, total)` counts bytes. Once it is clear that the data is refused, the rest is
         only validated: all faults are wanted, the tokens are not. Raises DataError when the data
         cannot be used, Stopped once `stop` says so.
         """
+        if known is not None:
+            self._recognise(known, options)
         pairs = [(given, chunk) for given in self.given for chunk in given.chunks]
         total = sum(chunk.size for _, chunk in pairs)
         lines: dict[Path, int] = {}
@@ -109,6 +115,8 @@ class Corpus:
                         "finished is kept"
                     )
                 given, chunk = pairs[at]
+                if known is not None:
+                    known.note(chunk, shard.key)
                 # Its faults go with those of all; each shard's would grow with the corpus.
                 given.shards.append(replace(shard, faults=()))
                 self.faults.add(chunk.path, lines.get(chunk.path, 0) + 1, shard)
@@ -117,6 +125,18 @@ class Corpus:
                 if tokenising and self.faults.too_many:
                     break
         self._check()
+
+    def _recognise(self, known: KnownFiles, options: Options) -> None:
+        """Give each chunk the key that is known, where its shard is still there."""
+        assert options.directory is not None
+        for path in {chunk.path for given in self.given for chunk in given.chunks}:
+            known.begin(path)
+        for given in self.given:
+            marked = [replace(chunk, key=known.key(chunk)) for chunk in given.chunks]
+            given.chunks = [
+                chunk if tokens.known(chunk, options.directory) else replace(chunk, key=None)
+                for chunk in marked
+            ]
 
     def _check(self) -> None:
         if self.faults.too_many:

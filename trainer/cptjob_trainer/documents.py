@@ -50,11 +50,12 @@ _MAGIC = {
 
 @dataclass(frozen=True)
 class Chunk:
-    """Bytes [start, end) of a file: whole lines."""
+    """Bytes [start, end) of a file: whole lines. `key` is its shard's, where that is known."""
 
     path: Path
     start: int
     end: int
+    key: str | None = None
 
     @property
     def size(self) -> int:

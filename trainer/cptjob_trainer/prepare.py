@@ -18,6 +18,7 @@ from typing import Any
 from cptjob_trainer import (
     advice,
     failpoints,
+    known_files,
     modeldir,
     packing,
     prepared,
@@ -39,6 +40,7 @@ from cptjob_trainer.errors import (
     OutputError,
     StorageFullError,
 )
+from cptjob_trainer.known_files import KnownFiles
 from cptjob_trainer.modeldir import ModelInfo
 from cptjob_trainer.prepared import Prepared
 from cptjob_trainer.rows import Layout
@@ -107,9 +109,12 @@ def prepare(
     warnings: list[str] = []
     prompt = _prompt(config, info, model, warnings)
     options = Options(into / "shards", info, config.data.normalize)
+    known = KnownFiles(into, options.digest())
     reading = lambda done, total: report("Tokenising", done, total)  # noqa: E731
     with packing.trial(model, into, _write_json, packs) as packed:
-        corpus.read(options, reading, stop=stop, processes=processes)
+        corpus.read(options, reading, stop=stop, processes=processes, known=known)
+        if (files := known.changed()) is not None:
+            _write_json(into / known_files.FILE, files)
         _check_ids(corpus, model, info)
         layout = Layout(config.training.max_length, packed(), prompt, info.bos_id is not None)
     made = _Made(config, corpus, model, info, layout, wanted, tuple(warnings))

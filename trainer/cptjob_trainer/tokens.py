@@ -6,7 +6,8 @@
     shards/<key>/shard.json    counts, sizes and faults; says that the shard is complete
 
 The key is made of the chunk's bytes, the tokenizer and the options, so a shard is never out of date:
-what was prepared once is found again, also after an interruption or when lines were appended.
+what was prepared once is found again, also after an interruption or when lines were appended. Of a
+file that has not changed (known_files.py), the keys are known without its bytes.
 """
 
 import hashlib
@@ -117,6 +118,9 @@ def process(chunk: Chunk, options: Options) -> Shard:
     if options.directory is None or options.tokenizer is None:
         failpoints.hit("prepare.validate")
         return _validated(chunk)
+    found = known(chunk, options.directory)
+    if found is not None:
+        return found
     digest = hashlib.sha256(options.digest().encode())
     for block in documents.blocks(chunk):
         digest.update(block)
@@ -130,6 +134,11 @@ def process(chunk: Chunk, options: Options) -> Shard:
         return _written(chunk, options, key, target)
     except OSError as error:
         raise _storage_error(error, options.directory) from error
+
+
+def known(chunk: Chunk, directory: Path) -> Shard | None:
+    """The shard of a chunk that need not be read for it."""
+    return None if chunk.key is None else Shard.load(directory / chunk.key)
 
 
 def _storage_error(error: OSError, directory: Path) -> CPTJobError:
@@ -281,7 +290,7 @@ def process_all(
         except OSError as error:
             raise _storage_error(error, options.directory) from error
     processes = processes or len(os.sched_getaffinity(0))
-    if processes == 1 or sum(chunk.size for chunk in chunks) < _ALONE:
+    if processes == 1 or sum(chunk.size for chunk in chunks if chunk.key is None) < _ALONE:
         for chunk in chunks:
             if stop():
                 yield None
