@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import yaml
-from figures import of_an_operator
 
+from figures import of_an_operator
+from figures import series as series_of
 from helmchart import NAMESPACE, Helm, HelmError, Object
 from testplane import binaries, definitions
 from testplane.plane import ControlPlane, KubectlError
@@ -98,7 +99,7 @@ def test_promtool_finds_no_fault_in_the_alerts(
 
 
 def test_each_alert_asks_for_figures_that_exist_and_says_what_to_do(groups: Object) -> None:
-    known = of_an_operator()
+    known = series_of(of_an_operator())
     for rule in alerts(groups).values():
         asked = re.findall(r"(cptjob_\w+)\{([^}]*)\}", rule["expr"])
         assert asked
