@@ -1,6 +1,7 @@
 """Builders: tiny tokenizers, a model directory, data files, a configuration."""
 
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers import pre_tokenizers as cut
 from tokenizers.trainers import BpeTrainer
 
+from cptjob_trainer import documents, tokens
 from cptjob_trainer.config import (
     Data,
     DatasetInput,
@@ -23,6 +25,8 @@ from cptjob_trainer.config import (
     TrainerConfig,
     ValidationInput,
 )
+from cptjob_trainer.prepare import prepare
+from cptjob_trainer.rows import Source
 
 END = "<|endoftext|>"
 TEXT = (
@@ -143,11 +147,70 @@ def sentences(count: int, salt: str = "") -> list[str]:
     ]
 
 
+def packs(_: Path) -> bool:
+    """Told instead of trying the architecture, which takes torch: documents may share a row."""
+    return True
+
+
+def never_packs(_: Path) -> bool:
+    """They may not."""
+    return False
+
+
+def tree(directory: Path) -> dict[str, bytes]:
+    """Every file below a directory."""
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+def texts_of(source: Source, tokenizer: Tokenizer, end: int) -> list[str]:
+    """The documents of a packed source without prompt, read back from its rows."""
+    stream = [int(t) for index in range(source.rows()) for t in source.row(index).tokens]
+    documents: list[list[int]] = [[]]
+    for token in stream:
+        if token == end:
+            documents.append([])
+        else:
+            documents[-1].append(token)
+    return [tokenizer.decode(ids) for ids in documents[:-1]]
+
+
+def set_tokenizer(model: Path, **settings: object) -> None:
+    """Change tokenizer_config.json."""
+    path = model / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+def remember_packs(config: TrainerConfig) -> None:
+    """Prepare something else with an answer given, so that torch need not be imported."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "data.jsonl"
+        path.write_text('{"text": "a"}\n{"text": "b"}\n')
+        datasets = (config.datasets[0].model_copy(update={"path": path}),)
+        prepare(config.model_copy(update={"datasets": datasets}), packs=packs)
+    for entry in (config.paths.prepared / "shards").iterdir():
+        for file in entry.iterdir():
+            file.unlink()
+        entry.rmdir()
+
+
 @pytest.fixture(scope="session")
 def make() -> SimpleNamespace:
     """The builders of this file."""
     return SimpleNamespace(
-        model=write_model, lines=write_lines, texts=write_texts, sentences=sentences
+        model=write_model,
+        lines=write_lines,
+        texts=write_texts,
+        sentences=sentences,
+        packs=packs,
+        never_packs=never_packs,
+        tree=tree,
+        texts_of=texts_of,
+        set_tokenizer=set_tokenizer,
+        remember_packs=remember_packs,
     )
 
 
@@ -212,3 +275,17 @@ def job(tmp_path: Path, model: Path) -> Callable[..., TrainerConfig]:
         )
 
     return build
+
+
+@pytest.fixture
+def tokenised(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes of the chunks that had to be tokenised."""
+    sizes: list[int] = []
+    real = tokens._tokenised
+
+    def counting(chunk: documents.Chunk, *rest: object) -> tokens.Shard:
+        sizes.append(chunk.size)
+        return real(chunk, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tokens, "_tokenised", counting)
+    return sizes
