@@ -23,12 +23,13 @@ def _get(address: str, path: str) -> tuple[int, str]:
         return error.code, ""
 
 
-def _coordinate(made: Any) -> Any:
+def _coordinate(made: Any, *more: str) -> Any:
     return made.start(
         "coordinator",
         *("--host", "127.0.0.1", "--store-port", "0", "--http-port", "0"),
         *("--address-directory", str(made.directory)),
         *("--prepare", "standin_worker:prepare_text"),
+        *more,
     )
 
 
@@ -50,6 +51,21 @@ def test_it_prepares_serves_progress_and_ends_with_the_job(job: MakeJob) -> None
     launcher.send_signal(signal.SIGTERM)
     assert made.end(launcher)[0] == 143
     assert made.end(coordinator)[0] == 0
+
+
+def test_a_stop_after_the_end_of_the_job_changes_nothing(job: MakeJob) -> None:
+    made = job("ok")
+    coordinator = _coordinate(made)
+    launcher = made.start(
+        *("launch", "--store", f"@{made.directory / 'store.address'}"),
+        *("--entrypoint", "standin_worker:main"),
+    )
+    made.wait_until(lambda: made.termination() is not None, "the coordinator has told the end")
+    # It still serves the last of the progress.
+    coordinator.send_signal(signal.SIGTERM)
+    assert made.end(coordinator)[0] == 0
+    assert made.termination().reason == "Complete"
+    assert made.end(launcher)[0] == 0
 
 
 def test_progress_of_rank_0_is_served(job: MakeJob) -> None:
@@ -95,6 +111,40 @@ def test_a_stop_between_preparing_and_the_store_is_heeded(asked: str, job: MakeJ
     made = job(f"late-{asked}")
     assert made.end(_coordinate(made))[0] == 143
     assert not (made.directory / "store.address").exists()
+
+
+def test_one_that_stays_serves_the_next_try_after_a_failure_that_may_pass(job: MakeJob) -> None:
+    made = job("crash-1", max_restarts=0)
+    coordinator = _coordinate(made, "--stay")
+
+    def launch(attempt: int) -> Any:
+        return made.start(
+            *("launch", "--store", f"@{made.directory / 'store.address'}"),
+            *("--entrypoint", "standin_worker:main", "--run-id", f"job-uid.{attempt}"),
+        )
+
+    assert made.end(launch(0))[0] == 137
+    address = (made.directory / "http.address").read_text().strip()
+    made.wait_until(
+        lambda: json.loads(_get(address, "/progress")[1])["phase"] == "Failed", "the failure"
+    )
+    assert coordinator.poll() is None
+    made.config.model_copy(update={"name": "ok"}).dump(made.config_path)
+    assert made.end(launch(1))[0] == 0
+    assert made.end(coordinator)[0] == 0
+    assert made.termination().reason == "Complete"
+
+
+def test_one_that_stays_ends_when_no_try_can_help(job: MakeJob) -> None:
+    made = job("fail-65")
+    coordinator = _coordinate(made, "--stay")
+    launcher = made.start(
+        *("launch", "--store", f"@{made.directory / 'store.address'}"),
+        *("--entrypoint", "standin_worker:main"),
+    )
+    assert made.end(launcher)[0] == 65
+    assert made.end(coordinator)[0] == 0
+    assert made.termination().reason == "Ended"
 
 
 def test_launchers_say_so_when_the_coordinator_is_gone(job: MakeJob) -> None:
