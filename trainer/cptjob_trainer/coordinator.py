@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from cptjob_trainer import lifeline, presets, termination
 from cptjob_trainer.config import TrainerConfig, digest
-from cptjob_trainer.errors import Stopped
+from cptjob_trainer.errors import NEVER_RETRIED, Stopped
 from cptjob_trainer.progress import STORE_KEY, Progress, ProgressServer, Resolved
 from cptjob_trainer.schedule import default_warmup
 from cptjob_trainer.termination import Termination
@@ -52,6 +52,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--http-port", type=int, default=9400, help="0: any free port")
     parser.add_argument(
         "--address-directory", help="where to write the addresses that were taken, and warnings"
+    )
+    parser.add_argument(
+        "--stay",
+        action="store_true",
+        help="serve on for the next try when the processes failed in a way that may pass",
     )
     parser.add_argument(
         "--prepare", default="cptjob_trainer.prepare:prepare", help=argparse.SUPPRESS
@@ -122,7 +127,7 @@ def _coordinate(options: argparse.Namespace) -> None:
     host.set(store.PREPARED_KEY, str(prepared.directory))
     _write_address(options, STORE_FILE, host.port)
     server.set_ready()
-    _serve(host, server, lifetime)
+    _serve(host, server, lifetime, stay=options.stay)
     server.close()
 
 
@@ -205,8 +210,11 @@ def _write_file(options: argparse.Namespace, name: str, text: str) -> None:
     temporary.replace(target)
 
 
-def _serve(host: "TCPStore", server: ProgressServer, lifetime: _Lifetime) -> None:
-    """Passes progress on until a launcher says that the job is over."""
+def _serve(host: "TCPStore", server: ProgressServer, lifetime: _Lifetime, *, stay: bool) -> None:
+    """Passes progress on until a launcher says that the job is over.
+
+    stay: a try that may be made again does not end the job.
+    """
     from cptjob_trainer import store
 
     while time.monotonic() < lifetime.deadline:
@@ -216,6 +224,9 @@ def _serve(host: "TCPStore", server: ProgressServer, lifetime: _Lifetime) -> Non
             ended = Termination.from_json(host.get(store.DONE_KEY).decode())
             last = _final(server.current(), ended)
             server.update(last)
+            if stay and ended.exit_code not in (0, *NEVER_RETRIED):
+                host.delete_key(store.DONE_KEY)
+                continue
             lifetime.over()
             _say_how_it_ended(last, ended)
             # Whoever watches the progress gets to see the end of it.

@@ -208,21 +208,21 @@ def _run_agent(
         processes,
         config.elastic.max_restarts,
         settings,
-        said_by_others=lambda: _said_by_others(client),
+        said_by_others=lambda: _said_by_others(client, run_id),
     )
     signal.signal(signal.SIGTERM, agent.handle_signal)
     signal.signal(signal.SIGINT, agent.handle_signal)
     try:
-        ended = _outcome(agent, client, lost)
+        ended = _outcome(agent, client, run_id, lost)
     finally:
         # How the job ended is known; to tell it takes no time and is not to be stopped.
         _ignore_stops()
         threading.Thread(target=handler.shutdown, daemon=True).start()
-    _announce(client, ended)
+    _announce(client, run_id, ended)
     return ended
 
 
-def _outcome(agent: "Agent", client: "TCPStore", lost: str) -> Termination:
+def _outcome(agent: "Agent", client: "TCPStore", run_id: str, lost: str) -> Termination:
     """Runs the agent to its end; how it ended."""
     from torch.distributed.elastic.rendezvous import (
         RendezvousClosedError,
@@ -233,7 +233,7 @@ def _outcome(agent: "Agent", client: "TCPStore", lost: str) -> Termination:
     try:
         agent.run()
     except RendezvousClosedError:
-        return _said_by_others(client) or Termination(
+        return _said_by_others(client, run_id) or Termination(
             GangError.exit_code, "GangError", "another launcher closed the job", time=time.time()
         )
     except RendezvousTimeoutError as error:
@@ -260,22 +260,24 @@ def _wait_for_key(client: "TCPStore", key: str) -> str:
     return str(client.get(key).decode())
 
 
-def _said_by_others(client: "TCPStore") -> Termination | None:
+def _said_by_others(client: "TCPStore", run_id: str) -> Termination | None:
     from cptjob_trainer import store
 
+    key = store.done_key(run_id)
     try:
-        if client.check([store.DONE_KEY]):
-            return Termination.from_json(client.get(store.DONE_KEY).decode())
+        if client.check([key]):
+            return Termination.from_json(client.get(key).decode())
     except (RuntimeError, ValueError):
         pass
     return None
 
 
-def _announce(client: "TCPStore", ended: Termination) -> None:
-    """Tells the coordinator, and the launchers that are left, that the job is over."""
+def _announce(client: "TCPStore", run_id: str, ended: Termination) -> None:
+    """Tells the launchers that are left, and the coordinator, that this run is over."""
     from cptjob_trainer import store
 
     with contextlib.suppress(RuntimeError):  # the coordinator may be gone already
+        client.set(store.done_key(run_id), ended.to_json())
         client.set(store.DONE_KEY, ended.to_json())
 
 

@@ -11,8 +11,13 @@ from torch._C._distributed_c10d import TCPStore
 
 #: Set by the coordinator once the data is prepared: the directory of the prepared data.
 PREPARED_KEY = "cptjob/prepared"
-#: Set by the launcher that ends the job: a termination message as JSON.
+#: Set by a launcher whose processes have ended: a termination message as JSON, for the coordinator.
 DONE_KEY = "cptjob/done"
+
+
+def done_key(run_id: str) -> str:
+    """The same for the other launchers of its run; those of the next run do not look at it."""
+    return f"{DONE_KEY}/{run_id}"
 
 
 def host(address: str, port: int, timeout_seconds: float = 60.0) -> TCPStore:

@@ -49,7 +49,7 @@ def coordinator(
 
     beside: it shares a node with its worker; node: which one, where the worker has it already.
     """
-    arguments = ["--store-port", str(STORE_PORT), "--http-port", str(HTTP_PORT)]
+    arguments = ["--store-port", str(STORE_PORT), "--http-port", str(HTTP_PORT), "--stay"]
     container = _container(profile, "cptjob_trainer.coordinator", arguments)
     container["resources"] = _resources(profile.coordinator)
     container["ports"] = [
