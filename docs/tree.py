@@ -57,7 +57,7 @@ LINES = {
     "requirements": "what is installed, locked with hashes: run, dev, bench, operator, assets, go, uv",
     "tests": "by subject",
     "tests/api": "types, manifests, generated files",
-    "tests/chart": "the chart in helm's hands, on a real API server; GitOps judges",
+    "tests/chart": "the chart in helm's hands on a real API server, its judges, the guide",
     "tests/checkpoints": "saving, resuming, death at every point",
     "tests/cluster": "the operator on a real control plane",
     "tests/client": "the command line, as a person uses it",

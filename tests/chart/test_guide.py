@@ -72,8 +72,10 @@ class Reader:
             time.sleep(0.2)
 
     def _shell(self, command: str) -> str:
+        # A command that watches goes on until it is stopped.
+        seconds = "4" if " -w\n" in command else "120"
         done = subprocess.run(
-            ["timeout", "120", "bash", "-c", command],
+            ["timeout", seconds, "bash", "-c", command],
             cwd=self.folder,
             env=self._environment,
             stdout=subprocess.PIPE,
@@ -92,7 +94,7 @@ class Reader:
 
     def volumes(self) -> None:
         """A volume for each claim of deploy/storage."""
-        for name in ("models", "data", "results"):
+        for name in ("models", "data", "results", "other-models"):
             volume = {
                 "capacity": {"storage": "2Ti"},
                 "accessModes": ["ReadWriteMany"],
@@ -100,6 +102,14 @@ class Reader:
                 "nfs": {"server": "test.invalid", "path": "/"},
             }
             self.core.create_persistent_volume({"metadata": {"name": name}, "spec": volume})
+
+    def claim(self, name: str) -> None:
+        """Somebody makes a claim that a job waits for."""
+        resources = {"requests": {"storage": "1Gi"}}
+        spec = {"accessModes": ["ReadWriteMany"], "resources": resources}
+        self.core.create_namespaced_persistent_volume_claim(
+            TEAM, {"metadata": {"name": name}, "spec": spec}
+        )
 
     def operate(self) -> None:
         """The operator with the settings, and the rights, that helm gave it.
