@@ -61,7 +61,7 @@ def test_workers_go_only_to_nodes_of_the_pool_product_and_type_that_are_asked_fo
     world.prepare("job")
     told = ("has room for 2 of 3 workers", "other-product-0", "other-type-0")
     world.wait(lambda: world.says("job", "Unschedulable", *told), "the third to be explained")
-    assert {node for node in on(world, "job") if node} == set(fit)
+    world.wait(lambda: {node for node in on(world, "job") if node} == set(fit), "two to have one")
     # The coordinator needs no GPU and leaves the pool's nodes to the workers.
     (coordinator,) = world.pods("coordinator")
     assert coordinator.spec.node_name == outside

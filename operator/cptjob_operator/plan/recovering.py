@@ -84,10 +84,13 @@ def giving_back(look: Look) -> Wanted | None:
         }
     )
     given = look.with_status(status)
+    told = [Event("Warning", Reason.STARTUP_DEADLINE_EXCEEDED, message)]
+    if found:  # it may have come too late to be told before
+        told.insert(0, Event("Warning", found.reason, found.message))
     return given.settle(
         Wanted(
             status=given.stand(Phase.RESTARTING, Reason.STARTUP_DEADLINE_EXCEEDED, message),
-            events=(Event("Warning", Reason.STARTUP_DEADLINE_EXCEEDED, message),),
+            events=tuple(told),
             again=retry,
             restarts=("NotStarted",),
         )

@@ -7,19 +7,20 @@ after it build on; or with None, when it has nothing to say.
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from cptjob_api.conditions import Condition, Phase, Reason
 from cptjob_api.job import CPTJob
-from cptjob_api.status import CPTJobStatus
+from cptjob_api.status import ConditionStatus, CPTJobStatus
 from cptjob_operator.observed import Observed
 from cptjob_operator.plan.endings import completion, deadline, finished, going, of_another
-from cptjob_operator.plan.look import Look
+from cptjob_operator.plan.look import LOOK_AGAIN_SECONDS, Look
 from cptjob_operator.plan.preparing import acceptance, claims, preparation
 from cptjob_operator.plan.recovering import backing_off, failures, giving_back
 from cptjob_operator.plan.starting import placing, running, starting
 from cptjob_operator.plan.suspending import suspension
 from cptjob_operator.plan.together import moving
+from cptjob_operator.plan.waiting import gist
 from cptjob_operator.settings import Settings
 from cptjob_operator.wanted import Event, Wanted
 
@@ -75,6 +76,9 @@ def plan(job: CPTJob, observed: Observed, settings: Settings, now: datetime) -> 
         return wanted
     if _like(job.status, wanted.status, _TIMES) == wanted.status:
         return replace(wanted, status=None)  # time alone is never worth a write
+    due = (job.status.accounted_time or now) + timedelta(seconds=LOOK_AGAIN_SECONDS)
+    if now < due and _only_reworded(job.status, wanted.status):
+        return replace(wanted, status=None, again=min(due, wanted.again or due))
     return replace(wanted, urgent=_is_urgent(job.status, wanted.status))
 
 
@@ -104,9 +108,22 @@ def _obstacle(before: CPTJobStatus | None, after: CPTJobStatus | None) -> tuple[
     if new is None or new.reason not in _OBSTACLES:
         return ()
     old = before.condition(Condition.READY) if before else None
-    if old is not None and (old.reason, old.message) == (new.reason, new.message):
+    if old is not None and old.reason == new.reason and gist(old.message) == gist(new.message):
         return ()
     return (Event("Warning", new.reason, new.message),)
+
+
+def _only_reworded(before: CPTJobStatus, after: CPTJobStatus) -> bool:
+    """The conditions say the same in other words, and nothing else is new."""
+    if _like(before, after, (*_TIMES, "conditions")) != after:
+        return False
+    return [_sense(each) for each in before.conditions] == [
+        _sense(each) for each in after.conditions
+    ]
+
+
+def _sense(condition: ConditionStatus) -> tuple[ConditionStatus, frozenset[str]]:
+    return condition.model_copy(update={"message": ""}), gist(condition.message)
 
 
 def _like(before: CPTJobStatus, after: CPTJobStatus, names: Iterable[str]) -> CPTJobStatus:

@@ -30,6 +30,9 @@ _IMAGE = frozenset(
 )
 _CONFIG = frozenset({"CreateContainerConfigError", "CreateContainerError", "RunContainerError"})
 _SECRET = re.compile(r'secret "([^"]+)" not found')
+# A number that counts, not one within a name.
+_COUNT = re.compile(r"(?<![\w.-])[0-9]+(/[0-9]+)?(?![\w-])")
+_WHOSE = re.compile(r"^\S+: ")
 _CLAIM = re.compile(r'persistentvolumeclaim "([^"]+)" (?:not found|is being deleted)')
 
 
@@ -106,14 +109,26 @@ RULES: tuple[Callable[[Pod], Obstacle | None], ...] = (
 
 
 def obstacle(pods: Iterable[Pod]) -> Obstacle | None:
-    """The plainest obstacle among pods that do not run; None when they are just on their way."""
-    waiting = [pod for pod in pods if pod.active and not pod.ready]
+    """The plainest obstacle among pods that do not run; None when they are just on their way.
+
+    Of pods with the same kind of obstacle it is always the same one that speaks.
+    """
+    waiting = sorted((pod for pod in pods if pod.active and not pod.ready), key=lambda pod: pod.id)
     for rule in RULES:
         for pod in waiting:
             found = rule(pod)
             if found is not None:
                 return found
     return None
+
+
+def gist(message: str) -> frozenset[str]:
+    """What a message says, whichever pod says it, and however many nodes it counts.
+
+    The scheduler orders its reasons by their counts, and these move with every pod of the cluster.
+    """
+    parts = re.split(r"[,;:.] ", _WHOSE.sub("", message))
+    return frozenset(_COUNT.sub("", part).strip(" .") for part in parts)
 
 
 def refusal(refused: Mapping[str, str]) -> Obstacle | None:

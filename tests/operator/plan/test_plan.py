@@ -176,6 +176,60 @@ def test_an_obstacle_is_told_once_each_time_that_it_reads_otherwise(world: MakeW
     assert [message.rsplit(": ", 1)[-1] for message in told] == ["no nodes", "one node"]
 
 
+def _said(job: Any) -> str:
+    return str(job.status.condition(Condition.READY).message)
+
+
+_NO_ROOM = (
+    "0/{} nodes are available: {} Insufficient cpu, {} node(s) had untolerated taint {{a: b}}."
+)
+_NO_ROOM_IN_ANOTHER_ORDER = (
+    "0/9 nodes are available: 1 node(s) had untolerated taint {a: b}, 8 Insufficient cpu."
+)
+
+
+def test_of_several_workers_without_a_node_it_is_always_the_first_that_speaks(
+    world: MakeWorld,
+) -> None:
+    job = world(trainer={"numNodes": 3})
+    job.settle()
+    job.get_ready(job.pod(Role.COORDINATOR))
+    job.settle()
+    for pod in reversed(job.workers):
+        job.change(pod, unschedulable=_NO_ROOM.format(3, 2, 1))
+    job.pods = dict(reversed(job.pods.items()))
+    job.settle()
+    assert _said(job).startswith(job.workers[0].name)
+
+
+def test_counts_of_nodes_that_move_are_no_event_and_written_now_and_then_only(
+    world: MakeWorld,
+) -> None:
+    job = world()
+    job.settle()
+    job.get_ready(job.pod(Role.COORDINATOR))
+    job.settle()
+    first, second = job.workers
+    job.change(first, unschedulable=_NO_ROOM.format(3, 2, 1))
+    job.settle()
+    begun, told, writes = job.now, len(job.events), job.writes
+    for number in range(4, 18):
+        job.wait(1)
+        job.change(first, unschedulable=_NO_ROOM.format(number, number - 1, 1))
+        wanted = job.step()
+    assert (len(job.events), job.writes) == (told, writes)
+    assert (wanted.again - begun).total_seconds() == 15
+    job.wait(1)
+    job.change(first, unschedulable=_NO_ROOM_IN_ANOTHER_ORDER)
+    job.settle()
+    assert (len(job.events), job.writes) == (told, writes + 1)
+    assert _NO_ROOM_IN_ANOTHER_ORDER in _said(job)
+    job.get_ready(first)
+    job.change(second, unschedulable="0/9 nodes are available: 9 Too many pods.")
+    job.settle()
+    assert "Too many pods" in job.events[-1][1], "another obstacle is told at once"
+
+
 def test_a_job_that_held_pods_for_too_long_fails(world: MakeWorld) -> None:
     job = world(activeDeadlineSeconds=600)
     job.train()
@@ -458,6 +512,18 @@ class TestGangsThatCannotStart:
         job.wait(100)
         job.settle()
         assert len(job.workers) == 2
+
+    def test_an_obstacle_that_is_seen_when_the_time_is_over_is_told_too(
+        self, world: MakeWorld
+    ) -> None:
+        job = self._begin(world)
+        job.wait(130)
+        job.hold_up(job.workers[1], "ImagePullBackOff", "no such image")
+        job.step()
+        assert [reason for reason, _ in job.events[-2:]] == [
+            "ImagePullFailed",
+            "StartupDeadlineExceeded",
+        ]
 
     def test_an_image_that_cannot_be_pulled_is_given_two_minutes(self, world: MakeWorld) -> None:
         job = self._begin(world)
