@@ -124,6 +124,14 @@ def _without_coordinator(pod: Pod, _model_path: str) -> Outcome | None:
     return Outcome("CoordinatorLost", said.message, counted=False, exit_code=_code(pod))
 
 
+def _waited_in_vain(pod: Pod, _model_path: str) -> Outcome | None:
+    """A launcher to which the others of its gang never came: nothing of its own has failed."""
+    said = pod.ended.termination if pod.ended else None
+    if said is None or said.reason != "GangError":
+        return None
+    return Outcome("NotStarted", said.message, counted=False, exit_code=_code(pod))
+
+
 def _out_of_memory(pod: Pod, _model_path: str) -> Outcome | None:
     if pod.ended is None or pod.ended.reason != "OOMKilled":
         return None
@@ -156,6 +164,7 @@ RULES: tuple[Callable[[Pod, str], Outcome | None], ...] = (
     _rejected,
     _deleted,
     _without_coordinator,
+    _waited_in_vain,
     _out_of_memory,
     _stopped,
     _exited,

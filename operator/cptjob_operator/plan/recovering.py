@@ -14,10 +14,8 @@ from cptjob_operator.wanted import Event, Wanted
 def failures(look: Look) -> Wanted | Look | None:
     """Workers that failed, were taken away or vanished: the restart ladder."""
     gang = look.gang
-    found = [
-        restarts.Failure(pod.name, pod.node, outcomes.outcome(pod, look.profile.model_path))
-        for pod in gang.ended(gang.workers)
-    ]
+    ended = gang.ended(gang.workers)
+    found = [_failure(look, pod) for pod in ended]
     gone = [each for each in gang.missing if each in look.observed.vanished or _was_running(look)]
     found += [
         restarts.Failure(each.name(look.job.metadata.name), None, outcomes.vanished())
@@ -28,12 +26,13 @@ def failures(look: Look) -> Wanted | Look | None:
     fatal = next((each for each in found if each.outcome.fatal), None)
     if fatal is not None and fatal.outcome.fatal is not None:
         return look.fail(fatal.outcome.fatal, fatal.outcome.message)
-    ended = {pod.id for pod in gang.ended(gang.workers)}
-    survivors = [pod for pod in gang.workers if pod.active and pod.id not in ended]
+    cause = restarts.root(found)
+    if cause.outcome.cause == "NotStarted":
+        return _give_back(look, cause.pod, cause.outcome.message)
     restart = restarts.answer(
         look.status,
         found,
-        len(survivors),
+        _survivors(gang),
         look.spec.failure_policy,
         look.settings,
         look.uid,
@@ -44,10 +43,11 @@ def failures(look: Look) -> Wanted | Look | None:
     if restart.rung == "gang":
         status = next_attempt(restart.status)
     else:
-        status = replace(gang, status=restart.status).next_incarnation(*ended, *gone)
+        status = replace(gang, status=restart.status).next_incarnation(
+            *(pod.id for pod in ended), *gone
+        )
     lost = accounting.lose(look.status, look.gpus_per_node, _useful_until(look), look.now)
     status = status.model_copy(update={"lost_gpu_seconds": status.lost_gpu_seconds + lost})
-    cause = restarts.root(found)
     reason = Reason.RESTARTING if cause.outcome.counted else Reason.DISRUPTED
     told = Event("Warning", reason, f"{cause.pod}: {cause.outcome.message}")
     return look.with_status(
@@ -64,13 +64,20 @@ def giving_back(look: Look) -> Wanted | None:
     if due is None or look.now < due:
         return None
     late = _late(gang)
-    found = waiting.obstacle(late)
-    last = look.status.last_failure
-    times = last.repeated + 1 if last and last.reason == "NotStarted" else 1
+    return _give_back(
+        look, (*late, *gang.workers)[0].name, f"{len(late)} of {gang.size} are not ready"
+    )
+
+
+def _give_back(look: Look, pod: str, why: str) -> Wanted:
+    """All workers go. `why` is told where nothing that is seen explains it better."""
+    gang = look.gang
+    found = waiting.obstacle(_late(gang))
     if gang.missing:
         found = waiting.refusal(look.observed.refused) or found
-    why = found.message if found else f"{len(late)} of {gang.size} are not ready"
-    message = f"not all workers started in time: {why}"
+    message = f"not all workers started in time: {found.message if found else why}"
+    last = look.status.last_failure
+    times = last.repeated + 1 if last and last.reason == "NotStarted" else 1
     retry = look.now + timedelta(
         seconds=restarts.backoff_seconds(times + 2, look.settings.timing.backoff, look.uid)
     )
@@ -78,9 +85,7 @@ def giving_back(look: Look) -> Wanted | None:
         update={
             "restarts": look.status.restarts + 1,
             "retry_time": retry,
-            "last_failure": restarts.not_started(
-                (*late, *gang.workers)[0].name, message, times, look.now
-            ),
+            "last_failure": restarts.not_started(pod, message, times, look.now),
         }
     )
     given = look.with_status(status)
@@ -112,6 +117,23 @@ def backing_off(look: Look) -> Wanted | None:
     return look.settle(wanted)
 
 
+def _failure(look: Look, pod: Pod) -> restarts.Failure:
+    end = outcomes.outcome(pod, look.profile.model_path)
+    return restarts.Failure(pod.name, pod.node, end, pod.ended.finished if pod.ended else None)
+
+
+def _survivors(gang: Gang) -> int:
+    """Workers that can go on once the others are replaced.
+
+    A launcher that ends by itself tells the others of its attempt, which end as well, and whoever
+    came to that attempt later would end at once.
+    """
+    ended = gang.ended(gang.workers)
+    if any(pod.ended is not None and pod.ended.termination is not None for pod in ended):
+        return 0
+    return sum(pod.active and pod not in ended for pod in gang.workers)
+
+
 def _was_running(look: Look) -> bool:
     """All workers of this attempt were seen; one that is missing now is not one yet to be made."""
     condition = look.status.condition(Condition.RUNNING)
@@ -135,8 +157,11 @@ def _useful_until(look: Look) -> datetime | None:
 
 
 def _late(gang: Gang) -> list[Pod]:
-    """Workers that are not up yet, though no queue holds them back; a coordinator they wait for."""
-    late = [pod for pod in gang.workers if pod.active and not pod.ready and not pod.gated]
+    """Workers that are not up yet, though no queue holds them back; a coordinator they wait for.
+
+    One that was up is not late: it is not ready, too, while its node is silent for a moment.
+    """
+    late = [pod for pod in gang.workers if pod.phase == "Pending" and not pod.gated]
     new = gang.coordinator
     if new is not None and new.phase == "Pending" and gang.active_workers:
         late.append(new)

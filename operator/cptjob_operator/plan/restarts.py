@@ -2,7 +2,8 @@
 
 The first rung, processes in place, belongs to the launcher inside the pod. Here are the others:
 
-    one pod      the dead ones are replaced, the others wait for them in their rendezvous
+    one pod      the dead ones are replaced, the others wait for them in their rendezvous: only
+                 for what died without a word, as a launcher that can ends those of the others
     all pods     a new attempt, from the last checkpoint, with back-off
     give up      the budget is used up, or the job dies again and again at one step
 
@@ -11,7 +12,7 @@ Failures that follow one another within seconds are one failure: the peers of a 
 
 import hashlib
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Literal
 
 from cptjob_api.conditions import Reason
@@ -27,6 +28,7 @@ CASCADE = timedelta(seconds=15)
 #: Failures in a row at one step, after which another restart would only cost GPU time.
 MAX_AT_ONE_STEP = 4
 _SHORT = 1000
+_NEVER = datetime.max.replace(tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,7 @@ class Failure:
     pod: str
     node: str | None
     outcome: Outcome
+    finished: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +51,16 @@ class Restart:
 
 
 def root(failures: list[Failure]) -> Failure:
-    """The failure that explains the others: a counted one before one that was done to the job."""
+    """The failure that explains the others: a counted one before one that was done to the job, and
+    of several the first.
+    """
     return min(
-        failures, key=lambda each: (not each.outcome.counted, each.outcome.cause == "Stopped")
+        failures,
+        key=lambda each: (
+            not each.outcome.counted,
+            each.outcome.cause == "Stopped",
+            each.finished or _NEVER,
+        ),
     )
 
 
@@ -92,7 +102,7 @@ def answer(
                 repeated=repeated,
                 at_step=at_step,
             ),
-            "excluded_nodes": _exclude(status.excluded_nodes, failures, policy, now)
+            "excluded_nodes": _exclude(status.excluded_nodes, cause, policy, now)
             if not cascade
             else status.excluded_nodes,
         }
@@ -162,24 +172,17 @@ def _give_up(
 
 
 def _exclude(
-    excluded: tuple[ExcludedNode, ...],
-    failures: list[Failure],
-    policy: FailurePolicy,
-    now: datetime,
+    excluded: tuple[ExcludedNode, ...], cause: Failure, policy: FailurePolicy, now: datetime
 ) -> tuple[ExcludedNode, ...]:
-    """The nodes to avoid, with those to blame for `failures` added."""
+    """The nodes to avoid, with that of `cause` if it is to blame; its peers died of it elsewhere."""
     table = {each.name: each for each in excluded if each.until is None or each.until > now}
-    until = now + timedelta(seconds=policy.excluded_node_ttl_seconds)
-    for failure in failures:
-        if failure.node is None or not failure.outcome.blames_node:
-            continue
-        known = table.get(failure.node)
-        if known is None and len(table) >= policy.max_excluded_nodes:
-            continue
-        table[failure.node] = ExcludedNode(
-            name=failure.node,
-            reason=failure.outcome.message[:_SHORT],
+    known = table.get(cause.node or "")
+    room = known is not None or len(table) < policy.max_excluded_nodes
+    if cause.node is not None and cause.outcome.blames_node and room:
+        table[cause.node] = ExcludedNode(
+            name=cause.node,
+            reason=cause.outcome.message[:_SHORT],
             failures=known.failures + 1 if known else 1,
-            until=until,
+            until=now + timedelta(seconds=policy.excluded_node_ttl_seconds),
         )
     return tuple(table[name] for name in sorted(table))

@@ -1,0 +1,91 @@
+"""Which of a gang's failures count, which node is to blame, and what is made anew after them."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+from cptjob_api.conditions import Phase
+from cptjob_operator.identity import Role
+
+MakeWorld = Callable[..., Any]
+
+
+def _end(job: Any, pod: Any, seconds: float, message: str = "boom") -> None:
+    """The launcher of `pod` ends after so many seconds, and says why."""
+    job.fail(pod, 70, "RuntimeError", message)
+    ended = replace(job.pods[pod.id].ended, finished=job.now + timedelta(seconds=seconds))
+    job.change(pod, ended=ended)
+
+
+def test_a_worker_that_trains_on_a_node_that_falls_silent_is_not_late(world: MakeWorld) -> None:
+    job = world(startupDeadlineSeconds=300)
+    job.train()
+    job.wait(3600)
+    job.change(job.workers[0], ready=False)
+    job.settle()
+    assert (len(job.workers), job.status.restarts) == (2, 0)
+    job.get_ready(job.workers[0])
+    job.settle()
+    assert job.phase is Phase.RUNNING
+
+
+def test_launchers_that_waited_for_others_in_vain_give_back_and_count_nothing(
+    world: MakeWorld,
+) -> None:
+    job = world(failurePolicy={"maxRestarts": 0})
+    job.settle()
+    job.get_ready(job.pod(Role.COORDINATOR))
+    job.settle()
+    job.get_ready(job.workers[0])
+    job.change(job.workers[1], unschedulable="0/4 nodes are available")
+    job.wait(600)
+    job.fail(job.workers[0], 75, "GangError", "not all launchers came within 600 s")
+    job.settle()
+    assert job.phase is Phase.RESTARTING
+    assert job.workers == []
+    assert job.status.last_failure.reason == "NotStarted"
+    assert "0/4 nodes are available" in job.status.last_failure.message
+    assert job.status.restarts_count_towards_max == 0
+    assert job.status.excluded_nodes == ()
+    job.wait(100)
+    job.train()
+
+
+def test_a_launcher_that_ends_by_itself_ends_its_attempt_as_no_other_can_join_it(
+    world: MakeWorld,
+) -> None:
+    job = world(trainer={"numNodes": 3})
+    job.train()
+    _end(job, job.workers[1], 0)
+    job.step()
+    assert job.status.attempt == 1
+    job.settle()
+    assert [(pod.id.attempt, pod.id.incarnation) for pod in job.workers] == [(1, 0)] * 3
+    assert (job.status.restarts, job.status.restarts_count_towards_max) == (1, 1)
+
+
+def test_workers_that_stop_because_one_was_drained_are_not_replaced_one_by_one(
+    world: MakeWorld,
+) -> None:
+    job = world()
+    job.train()
+    first, second = job.workers
+    job.take_away(first)
+    job.step()
+    job.wait(60)
+    for pod in (first, second):
+        job.fail(pod, 143, "Stopped", "saved step 40")
+    job.settle()
+    assert [pod.id.attempt for pod in job.workers] == [1, 1]
+    assert job.status.restarts_count_towards_max == 0
+
+
+def test_only_the_node_of_the_first_failure_is_to_blame(world: MakeWorld) -> None:
+    job = world(trainer={"numNodes": 4})
+    job.train()
+    for pod in job.workers:
+        _end(job, pod, 0 if pod.node == "node-2" else 3, "an illegal memory access")
+    job.step()
+    assert [(each.name, each.failures) for each in job.status.excluded_nodes] == [("node-2", 1)]
+    assert job.status.last_failure.node == "node-2"
