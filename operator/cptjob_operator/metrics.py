@@ -100,10 +100,12 @@ class State(Collector):
         yield jobs
         excluded = sum(job.excluded for job in self._cache.jobs.values())
         yield _gauge("excluded_nodes", "Nodes that jobs avoid, counted by job.", excluded)
-        yield _gauge("queue_depth", "Jobs that are due for a pass.", self._queue.depth())
-        yield _gauge("queue_age_seconds", "Longest wait of a job for its pass.", self._queue.age())
+        leads = self._leads()  # for one that does not lead, no job waits
+        depth, age = (self._queue.depth(), self._queue.age()) if leads else (0, 0.0)
+        yield _gauge("queue_depth", "Jobs that are due for a pass.", depth)
+        yield _gauge("queue_age_seconds", "Longest wait of a job for its pass.", age)
         yield _gauge("passes_active", "Passes under way.", self._queue.active)
-        yield _gauge("leader", "1 on the operator that acts.", float(self._leads()))
+        yield _gauge("leader", "1 on the operator that acts.", float(leads))
         yield _gauge(
             "watch_age_seconds", "Time since the stalest watch was heard of.", self._watch_age()
         )

@@ -18,6 +18,9 @@ Clock = Callable[[], float]
 #: One pass. Returns the seconds until the next one is due, or None.
 Pass = Callable[[JobKey], Awaitable[float | None]]
 
+#: Wishes that no longer hold stay in the heap until their time comes, or until they are so many.
+_STALE = 1000
+
 
 class Queue:
     """Passes that are due.
@@ -46,6 +49,9 @@ class Queue:
         self._due[key] = at
         self._count += 1
         heapq.heappush(self._heap, (at, self._count, key))
+        if len(self._heap) > 2 * len(self._due) + _STALE:
+            self._heap = [each for each in self._heap if self._due.get(each[2]) == each[0]]
+            heapq.heapify(self._heap)
         self._wake.set()
 
     def forget(self, key: JobKey) -> None:
@@ -105,6 +111,7 @@ class Queue:
             again = await work(key)
         except Exception as error:
             self._not_before[key] = self._clock() + self._backoff(key, error)
+            self._due.pop(key, None)  # what came meanwhile waits as well
             self.add(key)
         else:
             self._failures.pop(key, None)

@@ -27,6 +27,8 @@ Plan = Callable[[CPTJob, Observed, Settings, datetime], Wanted]
 #: After a pass that changed something comes another, as what it did may call for more.
 _FOLLOW_UP_SECONDS = 0.5
 _AT_ONCE_SECONDS = 0.02
+#: A lease that was late may be renewed; whoever takes it from us looks at every job anyway.
+_NOT_LEADER_SECONDS = 5.0
 _MESSAGE_CHARACTERS = 1000
 
 
@@ -55,7 +57,7 @@ class Reconciler:
             except Stale:
                 outcome, again = "stale", _AT_ONCE_SECONDS
             except NotLeader:
-                outcome, again = "not leader", None
+                outcome, again = "not leader", _NOT_LEADER_SECONDS
             except ApiError as error:
                 log.warning("the API server: %s", error)
                 raise
@@ -73,7 +75,7 @@ class Reconciler:
         except Unreadable as error:
             return await self._stall(key, error)
         if looked is None:
-            self._forget(key)
+            self.forget(key)
             return "gone", None
         job, observed = looked
         self._remember(key, job)
@@ -103,7 +105,8 @@ class Reconciler:
         attempt = job.status.attempt if job.status else 0
         logs.add(generation=job.metadata.generation or 0, attempt=attempt)
 
-    def _forget(self, key: JobKey) -> None:
+    def forget(self, key: JobKey) -> None:
+        """The job is gone."""
         uid = self._uids.pop(key, None)
         if uid is not None:
             self._cluster.forget(uid)
@@ -125,6 +128,7 @@ class Reconciler:
             return "unchanged", None
         message = _faults(error)
         patch = _stalled(job, message, self._now())
+        self._uids[key] = about["uid"]
         if patch is None:
             return "unreadable", None
         await self._cluster.patch_status(key, about["uid"], about["resourceVersion"], patch)

@@ -24,7 +24,7 @@ from cptjob_operator.edge.leader import Leader
 from cptjob_operator.edge.listing import Lister
 from cptjob_operator.edge.login import Login
 from cptjob_operator.edge.progress import Puller, Reports
-from cptjob_operator.identity import MANAGER
+from cptjob_operator.identity import MANAGER, JobKey
 from cptjob_operator.metrics import Metrics, State
 from cptjob_operator.queue import Queue
 from cptjob_operator.reconciler import Plan, Reconciler
@@ -50,7 +50,7 @@ class Operator:
         self.identity = own_identity()
         self._stop = asyncio.Event()
         self.queue = Queue()
-        self.cache = Cache(self.queue.add)
+        self.cache = Cache(self._changed)
         self._plain = Api(self.login, manager=MANAGER, watch=self.metrics.called, connections=2)
         self.leader = Leader(
             self._plain,
@@ -147,6 +147,13 @@ class Operator:
                 self._puller().run(),
             ]
         )
+
+    def _changed(self, key: JobKey, seconds: float) -> None:
+        """A job may need a pass. One that goes while another operator leads gets none."""
+        if key in self.cache.jobs or self.leader.leads():
+            self.queue.add(key, seconds)
+        else:
+            self.reconciler.forget(key)
 
     def _puller(self) -> Puller:
         return Puller(

@@ -136,6 +136,38 @@ def test_a_failed_pass_waits_longer_each_time_whatever_happens_meanwhile() -> No
     assert all(0.1 * 2**n <= wait <= 0.2 * 2**n for n, wait in enumerate(waits)), waits
 
 
+def test_what_happens_during_a_pass_that_fails_waits_too() -> None:
+    queue = Queue(clock=lambda: 100.0)
+
+    async def work(key: JobKey) -> None:
+        queue.add(key)  # an event comes in
+        raise ValueError("broken")
+
+    async def test() -> None:
+        queue.add(A)
+        assert queue._ready()[0] == A
+        queue._active.add(A)
+        await queue._one(A, work)
+        key, wait = queue._ready()
+        assert key is None
+        assert wait is not None
+        assert wait >= 0.1
+
+    asyncio.run(test())
+
+
+def test_wishes_for_a_far_time_are_not_kept_when_a_nearer_one_takes_their_place() -> None:
+    month = 30 * 86_400.0
+    queue = Queue(clock=lambda: 0.0)
+    for _ in range(20_000):  # a job with a deadline, each time that something happens
+        queue.add(A, month)
+        queue.add(A)
+        assert queue._ready()[0] == A
+    queue.add(A, month)
+    assert len(queue._heap) < 2_000
+    assert queue._ready() == (None, month)
+
+
 def test_a_broken_job_does_not_hold_up_others() -> None:
     done: list[JobKey] = []
     over = asyncio.Event()

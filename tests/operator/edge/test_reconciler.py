@@ -126,6 +126,23 @@ def test_a_fault_of_the_plan_is_counted_and_backed_off_from(with_server: Test) -
     with_server(test)
 
 
+def test_what_a_late_lease_held_back_is_tried_again(with_server: Test) -> None:
+    def start(job: CPTJob, observed: Observed, settings: Settings, now: datetime) -> Wanted:
+        assert job.status is not None
+        return Wanted(status=job.status.model_copy(update={"attempt": 1}))
+
+    async def test(server: Any) -> None:
+        bench = Bench(server, start)
+        bench.api._may_write = lambda: False
+        bench.cache.put_job(sound_body())
+        again = await bench.reconciler.reconcile(KEY)
+        assert again is not None, "nothing else may ever happen to it"
+        assert bench.outcomes() == {"not leader"}
+        await bench.api.close()
+
+    with_server(test)
+
+
 def test_a_job_that_changed_meanwhile_is_read_again_and_looked_at_soon(with_server: Test) -> None:
     def start(job: CPTJob, observed: Observed, settings: Settings, now: datetime) -> Wanted:
         assert job.status is not None
