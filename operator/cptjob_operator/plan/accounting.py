@@ -33,7 +33,9 @@ def account(status: CPTJobStatus, gpus_per_node: int, now: datetime) -> CPTJobSt
 
 
 def holds(status: CPTJobStatus) -> bool:
-    """Whether the job's own time runs: it holds pods."""
+    """Whether the job's own time runs: it holds pods, and no queue holds these back."""
+    if status.phase is Phase.QUEUED:
+        return False
     return (status.pods is not None and status.pods.active > 0) or status.phase in _HOLDING
 
 

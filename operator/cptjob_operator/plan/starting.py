@@ -14,6 +14,9 @@ from cptjob_operator.plan.look import LOOK_AGAIN_SECONDS, Look
 from cptjob_operator.plan.recovering import start_due
 from cptjob_operator.wanted import Event, Wanted
 
+#: Of the digest of an image, as far as the status takes it.
+_MOST_CHARACTERS = 1024
+
 
 def placing(look: Look) -> Wanted | None:
     """Nodes named by hand must be there, and fit, before anything is sent to them."""
@@ -45,7 +48,7 @@ def starting(look: Look) -> Wanted | None:
 
 def running(look: Look) -> Wanted | None:
     """Every worker trains."""
-    status = look.stand(
+    status = look.with_status(_with_image(look)).stand(
         Phase.RUNNING,
         Reason.RUNNING,
         Reason.RUNNING.sentence,
@@ -62,6 +65,17 @@ def running(look: Look) -> Wanted | None:
             again=start_due(look),
         )
     )
+
+
+def _with_image(look: Look) -> CPTJobStatus:
+    """The status with the digest of the image that was pulled first."""
+    status, resolved = look.status, look.status.resolved
+    pulled = (pod.image_id for pod in (look.gang.coordinator, *look.gang.workers) if pod)
+    found = next((each[:_MOST_CHARACTERS] for each in pulled if each), None)
+    if resolved is None or resolved.image_id is not None or found is None:
+        return status
+    known = resolved.model_copy(update={"image_id": found})
+    return status.model_copy(update={"resolved": known})
 
 
 def _make_workers(look: Look, missing: Iterable[PodId]) -> tuple[dict[str, Any], ...]:

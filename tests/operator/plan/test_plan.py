@@ -80,6 +80,19 @@ def test_what_is_decided_is_written_at_once_and_what_is_only_told_may_wait(
     assert last.urgent, "somebody waits for it"
 
 
+def test_a_job_that_runs_tells_which_image_was_pulled_and_keeps_the_first(
+    world: MakeWorld,
+) -> None:
+    job = world()
+    job.settle()
+    job.change(job.pod(Role.COORDINATOR), image_id="registry.example/trainer@sha256:1")
+    job.train()
+    assert job.status.resolved.image_id == "registry.example/trainer@sha256:1"
+    job.change(job.pod(Role.COORDINATOR), image_id="registry.example/trainer@sha256:2")
+    job.settle()
+    assert job.status.resolved.image_id == "registry.example/trainer@sha256:1"
+
+
 def test_a_job_is_complete_when_the_coordinator_is(world: MakeWorld) -> None:
     job = world()
     job.train()
@@ -548,15 +561,17 @@ class TestGangsThatCannotStart:
         assert len(job.workers) == 3
 
     def test_a_queue_stops_the_clock(self, world: MakeWorld) -> None:
-        job = self._begin(world)
+        job = self._begin(world, activeDeadlineSeconds=600)
         for pod in job.workers:
             job.change(pod, gated=True)
         job.settle()
         assert job.phase is Phase.QUEUED
         assert job.condition(Condition.READY) == ("True", "Queued")
+        assert job.plan().again is None
         job.wait(100_000)
         job.settle()
         assert len(job.workers) == 2
+        assert job.status.active_seconds == 0
 
 
 def test_what_is_missing_is_said_in_words(world: MakeWorld) -> None:
