@@ -131,6 +131,22 @@ def test_rows_longer_than_the_models_positions_are_refused(job: MakeJob) -> None
         resolve(long, TINY)
 
 
+def test_more_rows_in_a_step_than_there_can_be_are_refused(job: MakeJob) -> None:
+    changes = {"spec.trainer.numNodes": 256, "spec.training.batchSizePerDevice": 4096}
+    largest = build(job(changes | {"spec.trainer.numProcPerNode": 1}))
+    assert resolve(largest, None).global_batch_size == 1_048_576
+    more = build(job(changes | {"spec.trainer.numProcPerNode": 2}))
+    with pytest.raises(
+        ConfigError,
+        match=r"batchSizePerDevice: 4096 rows on each of 512 devices make 2097152 a step, more",
+    ):
+        resolve(more, None)
+    given = build(
+        job(changes | {"spec.trainer.numProcPerNode": 2, "spec.training.globalBatchSize": 8192})
+    )
+    assert resolve(given, None).global_batch_size == 8192
+
+
 def test_a_floor_above_the_default_rate_is_refused(job: MakeJob) -> None:
     high = build(job({"spec.training.schedule.minLearningRate": 1e-3}))
     with pytest.raises(ConfigError, match=r"minLearningRate: 0.001 is not less than the learning"):

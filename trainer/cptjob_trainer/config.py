@@ -61,7 +61,8 @@ Name = Annotated[
 StorageUri = Annotated[str, Field(min_length=1, max_length=1024)]
 MaxLength = Annotated[int, Field(ge=8, le=1_048_576)]
 BatchSize = Annotated[int, Field(ge=1, le=4096)]
-GlobalBatchSize = Annotated[int, Field(ge=1, le=1_048_576)]
+MAX_GLOBAL_BATCH_SIZE = 1_048_576
+GlobalBatchSize = Annotated[int, Field(ge=1, le=MAX_GLOBAL_BATCH_SIZE)]
 Epochs = Annotated[int, Field(ge=1, le=1000)]
 LearningRate = Annotated[float, Field(gt=0, le=1)]
 MinLearningRate = Annotated[float, Field(ge=0, lt=1)]

@@ -8,7 +8,13 @@ import json
 from pathlib import Path
 
 from cptjob_trainer import model_config
-from cptjob_trainer.config import AcceptedConfig, ResolvedTraining, TrainerConfig, Training
+from cptjob_trainer.config import (
+    MAX_GLOBAL_BATCH_SIZE,
+    AcceptedConfig,
+    ResolvedTraining,
+    TrainerConfig,
+    Training,
+)
 from cptjob_trainer.errors import ConfigError
 
 #: Longest row that is chosen for a job; a longer one must be asked for.
@@ -41,15 +47,24 @@ def batch_size_per_device(length: int) -> int:
 
 
 def global_batch_size(devices: int, rows: int) -> int:
-    """`rows` for each device: numNodes × numProcPerNode × batchSizePerDevice."""
-    return devices * rows
+    """`rows` for each device: numNodes × numProcPerNode × batchSizePerDevice.
+
+    Raises ConfigError for more than a step can have.
+    """
+    batch = devices * rows
+    if batch > MAX_GLOBAL_BATCH_SIZE:
+        raise ConfigError(
+            f"spec.training.batchSizePerDevice: {rows} rows on each of {devices} devices make "
+            f"{batch} a step, more than {MAX_GLOBAL_BATCH_SIZE}; lower it or give globalBatchSize"
+        )
+    return batch
 
 
 def complete(config: AcceptedConfig, positions: int | None) -> TrainerConfig:
     """The configuration with everything decided. What was decided before stays as it is.
 
     The number of devices is that of acceptance, so that a job that is resized keeps its batch.
-    Raises ConfigError as `max_length` does.
+    Raises ConfigError as `max_length` and `global_batch_size` do.
     """
     training = config.training
     length = max_length(training, positions)
