@@ -7,7 +7,6 @@ object is as good as no answer. Training never waits for this.
 import asyncio
 import heapq
 import ipaddress
-import json
 import logging
 import random
 import time
@@ -16,6 +15,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import aiohttp
+from pydantic_core import from_json
 
 from cptjob_operator.edge.cache import Cache
 from cptjob_operator.identity import JobKey, Role
@@ -117,7 +117,7 @@ class Puller:
             log.debug("%s: no progress: %s", pod.name, error)
             self._outcome("failed")
             return
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             log.debug("%s: progress makes no sense: %s", pod.name, error)
             self._outcome("invalid")
             return
@@ -142,11 +142,7 @@ async def fetch(session: aiohttp.ClientSession, address: str, port: int) -> Mapp
             data += part
             if len(data) > _MOST_BYTES:
                 raise ValueError(f"more than {_MOST_BYTES} bytes")
-    value = json.loads(data, parse_constant=_no_number)
+    value = from_json(bytes(data))
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
     return value
-
-
-def _no_number(word: str) -> None:
-    """NaN and Infinity are no JSON: nothing is known."""

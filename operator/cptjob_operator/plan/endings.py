@@ -1,7 +1,8 @@
 """Rules for a job that ends, has ended, or is none of ours. Pure."""
 
-import json
 from datetime import timedelta
+
+from pydantic_core import from_json
 
 from cptjob_api.conditions import Condition, Phase, Reason
 from cptjob_api.status import CPTJobStatus, Result
@@ -97,7 +98,7 @@ def _with_result(look: Look, said: str) -> CPTJobStatus:
     """The status with what came out; `said` is the coordinator's last report, as JSON."""
     status = look.status
     try:
-        last = json.loads(said)
+        last = from_json(said)
     except ValueError:
         last = {}
     if isinstance(last, dict) and last:

@@ -152,8 +152,8 @@ def _stopped(pod: Pod, _model_path: str) -> Outcome | None:
 def _exited(pod: Pod, _model_path: str) -> Outcome:
     if pod.ended is None:
         return Outcome("Exited", pod.message or "the pod failed")
-    message = _said(pod.ended)
-    return Outcome("Exited", message, blames_node=True, exit_code=pod.ended.exit_code)
+    code = pod.ended.exit_code
+    return Outcome("Exited", _said(pod.ended), blames_node=code != 0, exit_code=code)
 
 
 RULES: tuple[Callable[[Pod, str], Outcome | None], ...] = (

@@ -81,11 +81,11 @@ def preparation(look: Look) -> Wanted | None:
     """Until the coordinator is ready: model and data are being checked and made into tokens."""
     gang = look.gang
     pod = gang.coordinator
-    if pod is not None and pod.phase == "Failed":
-        return _coordinator_failed(look, pod)
-    if pod is not None and pod.phase == "Succeeded":
-        # It left with the workers; those who failed have been counted.
+    if pod is not None and _left_with_workers(pod):
+        # Those who failed have been counted.
         return _make_coordinator(look.with_status(gang.next_incarnation(pod.id)))
+    if pod is not None and pod.finished:
+        return _coordinator_ended(look, pod)
     lost = pod is None and gang.coordinator_id in look.observed.vanished
     if lost or (pod is not None and pod.deleting is not None):
         return _replace_coordinator(look, pod)
@@ -95,10 +95,11 @@ def preparation(look: Look) -> Wanted | None:
         return _too_many_checkpoints(look)
     if gang.active_workers:
         return None  # workers wait for a new coordinator in their rendezvous
+    phase, reason = _on_the_way(look)
     found = waiting.obstacle([pod])
     if found is not None:
-        return look.wait(Phase.PENDING, found.reason, found.message, LOOK_AGAIN_SECONDS)
-    phase, reason = _on_the_way(look)
+        phase = phase if look.ran else Phase.PENDING
+        return look.wait(phase, found.reason, found.message, LOOK_AGAIN_SECONDS)
     status = look.stand(phase, reason, _preparing_message(look))
     return look.settle(Wanted(status=status, objects=look.missing_children()))
 
@@ -147,7 +148,13 @@ def _make_coordinator(look: Look) -> Wanted:
     )
 
 
-def _coordinator_failed(look: Look, pod: Pod) -> Wanted:
+def _left_with_workers(pod: Pod) -> bool:
+    """It was told that the processes have ended, and said so."""
+    said = pod.ended.termination if pod.ended else None
+    return pod.phase == "Succeeded" and said is not None and said.reason == "Ended"
+
+
+def _coordinator_ended(look: Look, pod: Pod) -> Wanted:
     end = outcomes.outcome(pod, look.profile.model_path)
     if end.fatal is not None:
         return look.fail(end.fatal, end.message)

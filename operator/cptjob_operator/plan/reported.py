@@ -107,19 +107,24 @@ def _known(model: type[Reported], value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise TypeError("not an object")
     ranks = value.get("ranks")
-    return {"name": value.get("name"), "ranks": tuple(ranks) if isinstance(ranks, list) else ()}
+    ranks = ranks if isinstance(ranks, list) else ()
+    return {
+        "name": value.get("name"),
+        "ranks": tuple(each for each in ranks if _whole(each) == each),
+    }
 
 
 def _metrics(value: Any) -> tuple[Metric, ...] | None:
     if not isinstance(value, dict):
         return None
-    pairs = [
-        (name, number)
+    figures = {
+        name[:128]: number
         for name, each in value.items()
         if isinstance(name, str) and name and (number := _finite(each)) is not None
-    ]
+    }
     return tuple(
-        Metric(name=name[:128], value=f"{number:.6g}") for name, number in pairs[:_MAX_METRICS]
+        Metric(name=name, value=f"{number:.6g}")
+        for name, number in list(figures.items())[:_MAX_METRICS]
     )
 
 

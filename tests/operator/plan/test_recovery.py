@@ -5,7 +5,7 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
-from cptjob_api.conditions import Phase
+from cptjob_api.conditions import Condition, Phase
 from cptjob_operator.identity import Role
 
 MakeWorld = Callable[..., Any]
@@ -89,3 +89,44 @@ def test_only_the_node_of_the_first_failure_is_to_blame(world: MakeWorld) -> Non
     job.step()
     assert [(each.name, each.failures) for each in job.status.excluded_nodes] == [("node-2", 1)]
     assert job.status.last_failure.node == "node-2"
+
+
+def test_a_coordinator_that_ends_without_a_word_is_a_failure_and_not_made_anew_for_ever(
+    world: MakeWorld,
+) -> None:
+    job = world(failurePolicy={"maxRestarts": 2})
+    job.settle()
+    for _ in range(3):
+        job.wait(700)
+        job.settle()
+        job.succeed(job.pod(Role.COORDINATOR))
+        job.settle()
+    assert job.condition(Condition.FAILED) == ("True", "RestartsExhausted")
+    assert "exit code 0" in job.status.condition(Condition.FAILED).message
+
+
+def test_a_job_that_ran_is_never_on_its_way_to_its_first_gang_again(world: MakeWorld) -> None:
+    job = world()
+    job.train()
+    job.edit(suspend=True)
+    job.settle()
+    job.edit(suspend=False)
+    job.settle()
+    job.change(job.pod(Role.COORDINATOR), unschedulable="0/4 nodes are available")
+    job.settle()
+    assert job.phase is Phase.RESTARTING
+    assert job.condition(Condition.READY) == ("False", "Unschedulable")
+    assert job.condition(Condition.RECONCILING) is None
+
+
+def test_a_model_that_was_written_is_complete_though_it_is_seen_after_the_deadline(
+    world: MakeWorld,
+) -> None:
+    job = world(activeDeadlineSeconds=600)
+    job.train()
+    job.wait(10_000)  # no operator was there
+    for pod in job.workers:
+        job.succeed(pod)
+    job.succeed(job.pod(Role.COORDINATOR), "Complete")
+    job.settle()
+    assert job.phase is Phase.COMPLETE

@@ -69,3 +69,12 @@ def test_an_older_checkpoint_does_not_replace_a_newer_one() -> None:
     said = {"lastCheckpoint": {"step": 40, "time": "2026-03-01T11:00:00Z", "uri": "pvc://r/40"}}
     status = read_report(CPTJobStatus(last_checkpoint=saved), Report(said, NOW))
     assert status.last_checkpoint == saved
+
+
+def test_what_the_api_server_would_refuse_is_left_out() -> None:
+    metrics = {"a" * 128 + "b": 1.0, "a" * 128 + "c": 2.0}
+    said = {"metrics": metrics, "nodes": [{"name": "node-0", "ranks": [0, 10**30]}]}
+    status = read_report(CPTJobStatus(), Report(said, NOW))
+    assert status.trainer_status is not None
+    assert [each.name for each in status.trainer_status.metrics] == ["a" * 128]
+    assert [each.ranks for each in status.nodes] == [(0,)]
