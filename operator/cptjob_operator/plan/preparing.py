@@ -5,7 +5,7 @@ from datetime import timedelta
 
 from cptjob_api.conditions import Phase, Reason
 from cptjob_operator.objects import pods
-from cptjob_operator.observed import Pod
+from cptjob_operator.observed import Claim, Pod
 from cptjob_operator.plan import accept, outcomes, restarts, together, waiting
 from cptjob_operator.plan.look import LOOK_AGAIN_SECONDS, Look
 from cptjob_operator.wanted import Event, Wanted
@@ -35,18 +35,15 @@ def claims(look: Look) -> Wanted | None:
     known = look.observed.claims
     if look.gang.size == 1:
         return _claims_of_one(look)
-    if known is None or look.ran:
+    if known is None or (look.ran and look.gang.active_workers):
         return None
     names = [each.claim for each in look.profile.mounts]
     for name in names:
         claim = known.get(name)
         if claim is not None and not together.is_shared(look.profile, claim):
-            return look.fail(
-                Reason.CLAIM_NOT_SHARED,
-                f"volume claim {name} ({', '.join(claim.access_modes)}) cannot serve "
-                f"{look.gang.size} nodes; take one that is ReadWriteMany, or set "
-                "spec.trainer.numNodes to 1",
-            )
+            return _not_shared(look, claim)
+    if look.ran:
+        return None
     missing = [name for name in names if name not in known]
     if not missing:
         return None
@@ -55,6 +52,16 @@ def claims(look: Look) -> Wanted | None:
         "make it and the job goes on"
     )
     return look.wait(Phase.PENDING, Reason.WAITING_FOR_CLAIM, message, LOOK_AGAIN_SECONDS)
+
+
+def _not_shared(look: Look, claim: Claim) -> Wanted:
+    message = (
+        f"volume claim {claim.name} ({', '.join(claim.access_modes)}) cannot serve "
+        f"{look.gang.size} nodes; take one that is ReadWriteMany, or set spec.trainer.numNodes to 1"
+    )
+    if look.ran:  # with fewer nodes: that is to be mended
+        return look.wait(Phase.RESTARTING, Reason.CLAIM_NOT_SHARED, message, LOOK_AGAIN_SECONDS)
+    return look.fail(Reason.CLAIM_NOT_SHARED, message)
 
 
 def _claims_of_one(look: Look) -> Wanted | None:

@@ -50,6 +50,7 @@ _OBSTACLES = frozenset(
     {
         Reason.WAITING_FOR_SECRET,
         Reason.WAITING_FOR_CLAIM,
+        Reason.CLAIM_NOT_SHARED,
         Reason.WAITING_FOR_NODE,
         Reason.WAITING_FOR_POOL,
         Reason.WAITING_FOR_QUOTA,

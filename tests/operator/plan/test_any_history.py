@@ -113,6 +113,8 @@ def _bring_to_an_end(job: Any, ended: Phase | None) -> None:
     """With nothing more in its way, the job runs."""
     job.refused = {}
     job.edit(suspend=False)
+    if job.claims is not None:
+        job.edit(trainer={"numNodes": 1})  # all that its claims can serve
     for _ in range(40):
         job.wait(700)
         for pod in list(job.pods.values()):

@@ -642,6 +642,24 @@ class TestClaims:
         assert job.condition(Condition.FAILED) == ("True", "ClaimNotShared")
         assert "claim data (ReadWriteOnce)" in job.status.condition(Condition.FAILED).message
 
+    def test_a_job_that_grew_beyond_its_claim_waits_to_be_made_small_again(
+        self, world: MakeWorld
+    ) -> None:
+        job = world(trainer={"numNodes": 1})
+        job.claims = {
+            name: Claim(name, ("ReadWriteOnce",)) for name in ("models", "data", "results")
+        }
+        job.train()
+        job.edit(suspend=True)
+        job.settle()
+        job.edit(suspend=False, trainer={"numNodes": 2})
+        job.settle()
+        assert job.condition(Condition.READY) == ("False", "ClaimNotShared")
+        assert job.events[-1][0] == "ClaimNotShared"
+        assert not any(pod.active for pod in job.pods.values())
+        job.edit(trainer={"numNodes": 1})
+        job.train()
+
     def test_a_claim_that_is_only_read_may_be_read_only(self, world: MakeWorld) -> None:
         job = world()
         job.claims = {
