@@ -275,6 +275,8 @@ class Cluster:
         everything else was tried.
         """
         uid = job.metadata.uid or ""
+        if any(each["kind"] == "Pod" for each in wanted.objects):
+            self._permit_others(uid, wanted.objects)
         refused = self._refused.get(uid, {})
         objects = [
             each
@@ -418,6 +420,13 @@ class Cluster:
     def _too_soon(self, refusal: _Refusal | None) -> bool:
         """What was refused a moment ago is not asked for again yet."""
         return refusal is not None and self._clock() < refusal.until
+
+    def _permit_others(self, uid: str, wanted: Iterable[Document]) -> None:
+        """What was refused and is no longer missing has been made by another request, or operator."""
+        missing = {each["kind"] for each in wanted}
+        for kind in kinds.CHILDREN:
+            if kind.name not in missing:
+                self._permit(uid, kind)
 
     def _permit(self, uid: str, kind: kinds.Kind) -> None:
         refused = self._refused.get(uid)
