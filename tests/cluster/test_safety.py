@@ -105,7 +105,7 @@ def test_only_the_named_namespaces_get_pods_of_a_looser_standard(
     for each in (loose, world):
         each.create("job", changes={"spec.scheduling": {"pool": "loose"}})
         each.wait(lambda each=each: each.pods("coordinator"), "the coordinator")
-        (pod,) = all_pods(each)
+        pod = all_pods(each)[0]
         contexts.append(pod["spec"]["containers"][0]["securityContext"])
     core.delete_namespace(BASELINE)
     assert "capabilities" not in contexts[0]

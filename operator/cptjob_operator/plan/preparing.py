@@ -70,11 +70,13 @@ def _claims_of_one(look: Look) -> Wanted | None:
     A claim that is missing is for the scheduler to tell.
     """
     known = look.observed.claims
-    if known is None:
+    if known is None and not look.gang.coordinator and not look.observed.refused:
         # They are read in the next pass, now that it is known which they are.
         phase, reason = _on_the_way(look)
-        return None if look.gang.coordinator else look.wait(phase, reason, reason.sentence, 0.0)
-    for claim in known.values():
+        accepted = look.job.status is not None and look.job.status.resolved is not None
+        seconds = LOOK_AGAIN_SECONDS if accepted else 0.0
+        return look.wait(phase, reason, reason.sentence, seconds)
+    for claim in (known or {}).values():
         if claim.access_modes == ("ReadWriteOncePod",):
             return look.fail(
                 Reason.CLAIM_NOT_SHARED,

@@ -753,6 +753,19 @@ def test_the_coordinator_of_a_single_worker_waits_until_its_claims_are_read(
     assert again.status is None, "one write is enough"
 
 
+def test_a_single_worker_without_its_configuration_is_not_looked_at_again_and_again(
+    world: MakeWorld,
+) -> None:
+    job = world(trainer={"numNodes": 1})
+    job.commit(job.plan())
+    wanted = job.plan()
+    assert wanted.again - job.now >= timedelta(seconds=10)
+    job.refused = {"ConfigMap": "there is another"}
+    job.commit(job.plan())
+    assert job.condition(Condition.READY) == ("False", "Refused")
+    assert job.plan().again - job.now >= timedelta(seconds=10)
+
+
 def test_a_claim_for_one_pod_is_refused_by_name(world: MakeWorld) -> None:
     job = world(trainer={"numNodes": 1})
     job.claims = OF_ONE_NODE | {"data": Claim("data", ("ReadWriteOncePod",))}
