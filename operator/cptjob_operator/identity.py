@@ -19,6 +19,8 @@ INDEX = f"{GROUP}/index"
 INCARNATION = f"{GROUP}/incarnation"
 #: Annotation of a coordinator: the node that it must be on; see `together.py`.
 NODE = f"{GROUP}/node"
+#: Annotation of a worker: how many workers its launcher waits for.
+NUM_NODES = f"{GROUP}/num-nodes"
 
 MANAGED_BY = "app.kubernetes.io/managed-by"
 #: Value of `app.kubernetes.io/managed-by`, field manager, and `spec.managedBy` of our own jobs.

@@ -75,6 +75,7 @@ class Pod:
     image_id: str | None
     owner_uid: str | None
     bound_to: str | None = None  # the only node that it may go to, as a coordinator for its worker
+    num_nodes: int | None = None  # workers of the gang that it was made for, as a worker
 
     @property
     def finished(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast, get_args
 from pydantic_core import to_json
 
 from cptjob_api.job import API_VERSION, KIND
-from cptjob_operator.identity import JOB_NAME, JOB_UID, NODE, JobId, PodId, base
+from cptjob_operator.identity import JOB_NAME, JOB_UID, NODE, NUM_NODES, JobId, PodId, base
 from cptjob_operator.objects.children import HASH
 from cptjob_operator.observed import (
     Child,
@@ -69,6 +69,7 @@ def pod(body: Mapping[str, Any]) -> Pod | None:
         image_id=_name(own, "imageID") or None,
         owner_uid=owner_uid(body),
         bound_to=_text(_map(about, "annotations"), NODE) or None,
+        num_nodes=_count(_map(about, "annotations"), NUM_NODES),
     )
 
 
@@ -216,6 +217,12 @@ def _maps(of: Mapping[str, Any], key: str) -> Iterator[Mapping[str, Any]]:
 def _text(of: Mapping[str, Any], key: str) -> str:
     value = of.get(key)
     return value if isinstance(value, str) else ""
+
+
+def _count(of: Mapping[str, Any], key: str) -> int | None:
+    """A small number that stands in a text."""
+    text = _text(of, key)
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None
 
 
 def _name(of: Mapping[str, Any], key: str) -> str:

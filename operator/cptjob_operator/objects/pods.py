@@ -8,7 +8,7 @@ from collections.abc import Collection
 from typing import Any
 
 from cptjob_api.job import CPTJob
-from cptjob_operator.identity import NODE, PodId, base, owner
+from cptjob_operator.identity import NODE, NUM_NODES, PodId, base, owner
 from cptjob_operator.objects import placement
 from cptjob_operator.profile import QUEUE_LABEL, VOLUMES, Profile, Resources
 
@@ -98,7 +98,7 @@ def worker(
         spec["schedulerName"] = profile.scheduler_name
     if profile.pod_group:
         spec["schedulingGroup"] = {"podGroupName": profile.pod_group}
-    labels, annotations = dict(profile.labels), dict(profile.annotations)
+    labels, annotations = dict(profile.labels), profile.annotations | {NUM_NODES: str(nodes)}
     if profile.queue:
         labels |= {
             QUEUE_LABEL: profile.queue,

@@ -137,8 +137,11 @@ def _survivors(gang: Gang) -> int:
 def _was_running(look: Look) -> bool:
     """All workers of this attempt were seen; one that is missing now is not one yet to be made."""
     condition = look.status.condition(Condition.RUNNING)
+    before = look.job.status
     return (
-        look.status.phase is Phase.RUNNING
+        before is not None
+        and before.attempt == look.status.attempt
+        and look.status.phase is Phase.RUNNING
         and condition is not None
         and condition.status == "True"
         and look.status.pods is not None

@@ -17,6 +17,7 @@ from cptjob_operator.plan.endings import completion, deadline, finished, going, 
 from cptjob_operator.plan.look import LOOK_AGAIN_SECONDS, Look
 from cptjob_operator.plan.preparing import acceptance, claims, preparation
 from cptjob_operator.plan.recovering import backing_off, failures, giving_back
+from cptjob_operator.plan.resizing import resizing
 from cptjob_operator.plan.starting import placing, running, starting
 from cptjob_operator.plan.suspending import suspension
 from cptjob_operator.plan.together import moving
@@ -34,6 +35,7 @@ RULES: tuple[Rule, ...] = (
     completion,
     deadline,
     suspension,
+    resizing,
     failures,
     claims,
     moving,

@@ -13,7 +13,7 @@ import pytest
 from cptjob_api.conditions import Condition, Phase
 from cptjob_api.job import CPTJob
 from cptjob_api.status import CPTJobStatus
-from cptjob_operator.identity import NODE, PodId, Role
+from cptjob_operator.identity import NODE, NUM_NODES, PodId, Role
 from cptjob_operator.objects import children
 from cptjob_operator.observed import (
     Child,
@@ -162,6 +162,7 @@ class World:
         assert identity not in self.pods, f"{identity} is made twice"
         self._version += 1
         self.made.append(identity)
+        annotations = manifest["metadata"].get("annotations", {})
         self.pods[identity] = Pod(
             id=identity,
             namespace="team",
@@ -184,7 +185,8 @@ class World:
             gpus=0,
             image_id=None,
             owner_uid=UID,
-            bound_to=manifest["metadata"].get("annotations", {}).get(NODE),
+            bound_to=annotations.get(NODE),
+            num_nodes=int(annotations[NUM_NODES]) if NUM_NODES in annotations else None,
         )
 
     # --- kubelet and scheduler ----------------------------------------------------------------

@@ -314,21 +314,33 @@ class TestSuspension:
 
 
 class TestScale:
-    def test_more_workers_join(self, world: MakeWorld) -> None:
+    @pytest.mark.parametrize("size", [1, 3])
+    def test_workers_of_another_number_are_all_made_anew_as_launchers_wait_for_a_number(
+        self, world: MakeWorld, size: int
+    ) -> None:
         job = world()
         job.train()
-        job.edit(trainer={"numNodes": 3})
+        job.edit(trainer={"numNodes": size})
         job.settle()
-        assert [pod.id.index for pod in job.workers] == [0, 1, 2]
-        assert job.status.restarts == 0
+        assert [(pod.id.attempt, pod.id.index) for pod in job.workers] == [
+            (1, index) for index in range(size)
+        ]
+        assert job.phase is Phase.RESTARTING
+        job.get_ready(*job.workers)
+        job.settle()
+        assert (job.phase, job.status.restarts) == (Phase.RUNNING, 0)
 
-    def test_the_highest_leave(self, world: MakeWorld) -> None:
-        job = world(trainer={"numNodes": 3})
+    def test_workers_that_leave_for_a_suspension_that_was_taken_back_are_no_failure(
+        self, world: MakeWorld
+    ) -> None:
+        job = world()
         job.train()
-        job.edit(trainer={"numNodes": 1})
-        job.settle()
-        assert [pod.id.index for pod in job.workers] == [0]
-        assert job.phase is Phase.RUNNING
+        job.edit(suspend=True, trainer={"numNodes": 3})
+        job.step()
+        job.edit(suspend=False)
+        job.train()
+        assert len(job.workers) == 3
+        assert job.status.restarts == 0
 
 
 class TestRestarts:
