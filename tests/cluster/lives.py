@@ -56,9 +56,13 @@ class Life:
 
     def wait_quiet(self) -> None:
         """Returns when nothing is left to do for whoever leads."""
-        self.revive()
-        leads = self.rival if self.rival.figure("cptjob_leader") == 1 else self.operator
-        leads.wait_quiet()
+
+        def quiet() -> bool:
+            self.revive()  # the write at which it is killed may be its last one
+            leads = self.rival if self.rival.figure("cptjob_leader") == 1 else self.operator
+            return leads.quiet
+
+        self.world.wait(quiet, "whoever leads to be done")
 
     @property
     def phase(self) -> str:

@@ -116,17 +116,17 @@ class RunningOperator:
     def wait_quiet(self) -> None:
         """Returns when it leads, has looked at every job, and no pass is due or under way."""
 
-        def quiet() -> bool:
-            self._alive()
-            figures = self.figures()
-            return (
-                figures.get("cptjob_leader") == 1
-                and self.passes() > 0
-                and figures["cptjob_queue_depth"] == 0
-                and figures["cptjob_passes_active"] == 0
-            )
+        self.plane.wait(lambda: self._alive() and self.quiet, "the operator to be done")
 
-        self.plane.wait(quiet, "the operator to be done")
+    @property
+    def quiet(self) -> bool:
+        figures = self.figures()
+        return (
+            figures.get("cptjob_leader") == 1
+            and self.passes() > 0
+            and figures["cptjob_queue_depth"] == 0
+            and figures["cptjob_passes_active"] == 0
+        )
 
     def passes(self) -> float:
         """Passes since its start."""
