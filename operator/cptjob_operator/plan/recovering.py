@@ -64,9 +64,10 @@ def giving_back(look: Look) -> Wanted | None:
     if due is None or look.now < due:
         return None
     late = _late(gang)
-    return _give_back(
-        look, (*late, *gang.workers)[0].name, f"{len(late)} of {gang.size} are not ready"
-    )
+    state = f"{len(late)} of {gang.size} are not ready"
+    if not late:
+        state = f"{len(gang.missing)} of {gang.size} could not be made"
+    return _give_back(look, (*late, *gang.workers)[0].name, state)
 
 
 def _give_back(look: Look, pod: str, why: str) -> Wanted:
@@ -174,14 +175,17 @@ def _late(gang: Gang) -> list[Pod]:
 def start_due(look: Look) -> datetime | None:
     """When the gang gives back what it holds; None when nothing is late.
 
-    The clock starts with the newest pod: one that replaces another has its own time.
+    The clock starts with the newest pod: one that replaces another has its own time. So has one
+    that cannot be made, as its node is not there or the API server refuses it.
     """
     gang = look.gang
     late = _late(gang)
-    refused = bool(gang.missing) and "Pod" in look.observed.refused
-    made = [pod.created for pod in late or (gang.workers if refused else ()) if pod.created]
+    alone = [pod for pod in gang.workers if pod.active] if gang.missing else []
+    made = [pod.created for pod in late or alone if pod.created]
     if not made:
         return None
+    if not late and look.status.last_failure is not None:
+        made.append(look.status.last_failure.time)  # since then one is missing
     found = waiting.obstacle(late)
     seconds = look.spec.startup_deadline_seconds
     if found is not None and found.reason in waiting.BROKEN:

@@ -7,6 +7,7 @@ from typing import Any
 
 from cptjob_api.conditions import Condition, Phase
 from cptjob_operator.identity import Role
+from cptjob_operator.observed import Node
 
 MakeWorld = Callable[..., Any]
 
@@ -130,3 +131,41 @@ def test_a_model_that_was_written_is_complete_though_it_is_seen_after_the_deadli
     job.succeed(job.pod(Role.COORDINATOR), "Complete")
     job.settle()
     assert job.phase is Phase.COMPLETE
+
+
+def _node(name: str, ready: bool = True) -> Node:
+    labels = {"training.cptjob.io/pool": "a100"}
+    return Node(name, labels, ready, False, False, {"nvidia.com/gpu": 8})
+
+
+def _waits_for_a_missing_worker(job: Any) -> None:
+    """The other one keeps its node for as long as a gang may take to start, and no longer."""
+    job.wait(3600)
+    job.vanish(job.workers[0])
+    job.settle()
+    job.wait(299)
+    job.settle()
+    assert len(job.workers) == 1
+    assert (job.plan().again - job.now).total_seconds() <= 15
+    job.wait(1)
+    job.settle()
+    assert job.workers == []
+    assert job.status.last_failure.reason == "NotStarted"
+
+
+def test_a_gang_that_waits_for_a_named_node_gives_back_the_others_in_time(
+    world: MakeWorld,
+) -> None:
+    named = {"mode": "Manual", "nodeNames": ["node-0", "node-1"]}
+    job = world(scheduling=named, startupDeadlineSeconds=300)
+    job.nodes = {name: _node(name) for name in ("node-0", "node-1")}
+    job.train()
+    job.nodes["node-0"] = _node("node-0", ready=False)
+    _waits_for_a_missing_worker(job)
+
+
+def test_a_gang_that_gets_no_new_worker_gives_back_the_others_in_time(world: MakeWorld) -> None:
+    job = world(startupDeadlineSeconds=300)
+    job.train()
+    job.refused = {"Pod": "exceeded quota: gpus"}
+    _waits_for_a_missing_worker(job)
