@@ -86,6 +86,9 @@ class Profile(Frozen):
     gpu_resource: str = Field(description="Resource name of a GPU.")
     gpus_per_node: int = Field(default=0, ge=0, description="GPUs of a worker.")
     num_proc_per_node: int = Field(default=1, ge=1, description="Processes of a worker.")
+    num_nodes: int | None = Field(
+        default=None, description="Workers at acceptance: no later limit forbids so many."
+    )
     worker: Resources = Field(default=Resources(), description="Resources of a worker.")
     coordinator: Resources = Field(default=Resources(), description="Those of the coordinator.")
     labels: dict[str, str] = Field(default={}, description="Labels of the workers.")
@@ -142,6 +145,7 @@ def freeze(job: CPTJob, resolved: Resolved, settings: Settings) -> Profile:
         gpu_resource=gpu,
         gpus_per_node=resources.gpus(job, gpu, jobs.instance_gpus),
         num_proc_per_node=resolved.num_proc_per_node,
+        num_nodes=spec.trainer.num_nodes,
         worker=Resources(requests=requests, limits=limits),
         coordinator=Resources(
             requests=settings.coordinator.requests, limits=settings.coordinator.limits

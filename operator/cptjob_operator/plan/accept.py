@@ -114,11 +114,7 @@ def limits(ask: Question) -> Refused | None:
         nodes["elasticPolicy.maxNodes"] = policy.max_nodes
     for field, number in nodes.items():
         if number > most.max_nodes:
-            return Refused(
-                Reason.LIMIT_EXCEEDED,
-                f"spec.{field}: {number} nodes are more than this platform allows a job; set it "
-                f"to {most.max_nodes} or less",
-            )
+            return Refused(Reason.LIMIT_EXCEEDED, too_many_nodes(field, number, most.max_nodes))
     message = too_many_checkpoints(ask.spec.checkpoint, None, ask.settings)
     return Refused(Reason.LIMIT_EXCEEDED, message) if message else None
 
@@ -249,6 +245,14 @@ def accept(job: CPTJob, settings: Settings) -> Accepted | Refused:
             "trainer.env or training.systemPrompt, or name fewer nodes or data sets"
         )
     return accepted
+
+
+def too_many_nodes(field: str, number: int, most: int) -> str:
+    """What to say when a field of the spec asks for more nodes than a job may have."""
+    return (
+        f"spec.{field}: {number} nodes are more than this platform allows a job; set it to {most} "
+        "or less"
+    )
 
 
 def too_many_checkpoints(

@@ -1,12 +1,13 @@
 """Time and devices that a job has held. Pure.
 
-The figures are integrals of step functions, and each step is a status write: between two writes the
-number of pods stood in the status, so nothing has to be written for time to be counted.
+The figures are integrals of step functions: from one status write to the next, the number of pods
+that stands in the status counts, so nothing has to be written for time to be counted. A write that
+only tells of pods may wait some seconds for more, and the step is counted from the write.
 """
 
 from datetime import datetime, timedelta
 
-from cptjob_api.conditions import Phase
+from cptjob_api.conditions import Condition, Phase, Reason
 from cptjob_api.status import CPTJobStatus, PodCounts
 
 #: Phases in which a job holds pods, be it the coordinator alone.
@@ -33,10 +34,14 @@ def account(status: CPTJobStatus, gpus_per_node: int, now: datetime) -> CPTJobSt
 
 
 def holds(status: CPTJobStatus) -> bool:
-    """Whether the job's own time runs: it holds pods, and no queue holds these back."""
+    """Whether the job's own time runs: it holds pods, and no queue or limit holds these back."""
     if status.phase is Phase.QUEUED:
         return False
-    return (status.pods is not None and status.pods.active > 0) or status.phase in _HOLDING
+    if status.pods is not None and status.pods.active > 0:
+        return True
+    ready = status.condition(Condition.READY)
+    held = ready is not None and ready.reason == Reason.LIMIT_EXCEEDED
+    return status.phase in _HOLDING and not held
 
 
 def lose(status: CPTJobStatus, gpus_per_node: int, since: datetime | None, now: datetime) -> int:

@@ -17,7 +17,7 @@ from cptjob_operator.plan.endings import completion, deadline, finished, going, 
 from cptjob_operator.plan.look import LOOK_AGAIN_SECONDS, Look
 from cptjob_operator.plan.preparing import acceptance, claims, preparation
 from cptjob_operator.plan.recovering import backing_off, failures, giving_back
-from cptjob_operator.plan.resizing import resizing
+from cptjob_operator.plan.resizing import beyond_limit, resizing
 from cptjob_operator.plan.starting import placing, running, starting
 from cptjob_operator.plan.suspending import suspension
 from cptjob_operator.plan.together import moving
@@ -35,6 +35,7 @@ RULES: tuple[Rule, ...] = (
     completion,
     deadline,
     suspension,
+    beyond_limit,
     resizing,
     failures,
     claims,
@@ -50,6 +51,7 @@ RULES: tuple[Rule, ...] = (
 # What somebody has to mend or to provide before the job goes on.
 _OBSTACLES = frozenset(
     {
+        Reason.LIMIT_EXCEEDED,
         Reason.WAITING_FOR_SECRET,
         Reason.WAITING_FOR_CLAIM,
         Reason.CLAIM_NOT_SHARED,
@@ -107,7 +109,9 @@ def _is_urgent(before: CPTJobStatus, after: CPTJobStatus) -> bool:
 
 def _obstacle(before: CPTJobStatus | None, after: CPTJobStatus | None) -> tuple[Event, ...]:
     """What keeps the job from going on, once each time that it reads otherwise."""
-    new = after.condition(Condition.READY) if after else None
+    if after is None or after.phase is Phase.FAILED:  # an end tells itself
+        return ()
+    new = after.condition(Condition.READY)
     if new is None or new.reason not in _OBSTACLES:
         return ()
     old = before.condition(Condition.READY) if before else None

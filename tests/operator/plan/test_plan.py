@@ -1,5 +1,6 @@
 """What becomes of a job, pass by pass."""
 
+import json
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from cptjob_api.conditions import Condition, Phase, Reason
 from cptjob_operator.identity import Role
 from cptjob_operator.observed import Claim
+from cptjob_operator.settings import Settings
 
 MakeWorld = Callable[..., Any]
 
@@ -819,3 +821,51 @@ def test_a_gang_whose_new_coordinator_does_not_start_gives_back_what_it_holds(
     assert job.workers == []
     assert job.condition(Condition.READY)[1] == "Unschedulable"
     assert any(reason == "StartupDeadlineExceeded" for reason, _ in job.events)
+
+
+def test_a_job_that_is_scaled_beyond_the_limit_holds_still_until_it_is_scaled_back(
+    world: MakeWorld,
+) -> None:
+    job = world({"limits": {"maxNodes": 3}}, activeDeadlineSeconds=3600)
+    job.train()
+    job.edit(suspend=True)
+    job.settle()
+    job.edit(suspend=False, trainer={"numNodes": 4})
+    job.settle()
+    assert job.condition(Condition.READY) == ("False", "LimitExceeded")
+    assert "spec.trainer.numNodes: 4 nodes are more" in job.status.conditions[0].message
+    assert [reason for reason, _ in job.events].count("LimitExceeded") == 1
+    job.wait(7200)  # it holds nothing, so its own time stands still
+    job.settle()
+    assert (job.phase, job.pods) == (Phase.RESTARTING, {})
+    job.edit(trainer={"numNodes": 3})
+    job.settle()
+    job.get_ready(job.pod(Role.COORDINATOR))
+    job.settle()
+    assert len(job.workers) == 3
+
+
+def test_a_gang_that_trains_is_left_alone_by_a_number_beyond_the_limit(world: MakeWorld) -> None:
+    job = world({"limits": {"maxNodes": 3}}, elasticPolicy={"maxRestarts": 5})
+    job.train()
+    before = job.workers
+    job.edit(trainer={"numNodes": 4})
+    job.settle()
+    assert job.condition(Condition.READY) == ("False", "LimitExceeded")
+    assert job.workers == before
+    job.edit(trainer={"numNodes": 2})
+    job.settle()
+    assert (job.phase, job.workers) == (Phase.RUNNING, before)
+
+
+def test_a_lower_limit_does_not_hold_a_job_that_was_accepted_before_it(world: MakeWorld) -> None:
+    job = world()
+    job.train()
+    limited = {"pools": {"a100": {}}, "limits": {"maxNodes": 1}}
+    job.settings = Settings.from_json(json.dumps(limited))
+    for pod in job.workers:
+        job.fail(pod, 1, "RuntimeError", "boom")
+    job.settle()
+    job.wait(700)
+    job.settle()
+    assert [pod.id.attempt for pod in job.workers] == [1, 1]
