@@ -57,6 +57,13 @@ class Reason(_Word):
 
     # On the way.
     ACCEPTED = "Accepted", "The spec is valid and everything in it is decided."
+    CONFIG_LOST = (
+        "ConfigLost",
+        "The job's ConfigMap was gone; it is made again from status.resolved and, for the rest, "
+        "from the platform's present settings.",
+        "Nothing, unless the settings have changed since or it comes again: find out who deletes "
+        "it.",
+    )
     PREPARING = "Preparing", "The coordinator prepares model and data."
     PREPARED = "Prepared", "The data is tokenised and the number of steps is known."
     WAITING_FOR_SECRET = (

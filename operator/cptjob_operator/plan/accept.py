@@ -15,6 +15,7 @@ from cptjob_api.fields import instances, parts, show
 from cptjob_api.job import CPTJob
 from cptjob_api.resolve import JobDefaults, Resolved, accepted_config, resolve
 from cptjob_api.spec import CPTJobSpec
+from cptjob_api.status import ResolvedStatus
 from cptjob_api.storage import Storage, is_storage_uri
 from cptjob_api.unsupported import unsupported
 from cptjob_operator import resources
@@ -245,6 +246,30 @@ def accept(job: CPTJob, settings: Settings) -> Accepted | Refused:
             "trainer.env or training.systemPrompt, or name fewer nodes or data sets"
         )
     return accepted
+
+
+def accept_again(
+    job: CPTJob, before: ResolvedStatus, num_nodes: int | None, settings: Settings
+) -> Accepted | Refused:
+    """The same for a job that was accepted before and whose configuration was lost.
+
+    What was decided stands and no limit counts again; the rest is as the settings are now.
+    num_nodes: workers that the job is known to be allowed. Refused: what has to come back first.
+    """
+    decided = {name: getattr(before, name) for name in Resolved.model_fields}
+    known = {name: value for name, value in decided.items() if value is not None}
+    try:
+        resolved = Resolved(**dict(resolve(job, None, Question(job, settings).defaults)) | known)
+    except ConfigError as error:
+        return _invalid(str(error))
+    if resolved.pool not in settings.pools:
+        return Refused(
+            Reason.WAITING_FOR_POOL,
+            f"the job's ConfigMap is gone, and so is pool {resolved.pool} from the platform's "
+            f"settings; put it back, or make the job anew in another of {', '.join(settings.pools)}",
+        )
+    profile = freeze(job, resolved, settings).model_copy(update={"num_nodes": num_nodes})
+    return Accepted(resolved, profile, _config(job, resolved))
 
 
 def too_many_nodes(field: str, number: int, most: int) -> str:

@@ -4,6 +4,7 @@ from dataclasses import replace
 from datetime import timedelta
 
 from cptjob_api.conditions import Phase, Reason
+from cptjob_api.status import ResolvedStatus
 from cptjob_operator.objects import pods
 from cptjob_operator.observed import Claim, Pod
 from cptjob_operator.plan import accept, outcomes, restarts, together, waiting
@@ -15,18 +16,36 @@ def acceptance(look: Look) -> Wanted | Look | None:
     """A new job: decide everything that it leaves out, once, or say why it cannot be done."""
     status = look.job.status
     before = status.resolved if status else None
-    if before is not None and look.observed.profile is not None:
-        return None
+    if before is not None:
+        return None if look.observed.profile is not None else _restored(look, before)
     answer = accept.accept(look.job, look.settings)
     if isinstance(answer, accept.Refused):
         return look.fail(answer.reason, answer.message)
-    # When only the ConfigMap was lost, what was decided stands.
-    resolved = before or answer.resolved.status()
-    told = () if before else (Event("Normal", Reason.ACCEPTED, Reason.ACCEPTED.sentence),)
+    told = Event("Normal", Reason.ACCEPTED, Reason.ACCEPTED.sentence)
     return look.with_status(
-        look.status.model_copy(update={"resolved": resolved}),
+        look.status.model_copy(update={"resolved": answer.resolved.status()}),
         observed=replace(look.observed, profile=answer.profile, config=answer.config),
-        events=(*look.events, *told),
+        events=(*look.events, told),
+    )
+
+
+def _restored(look: Look, before: ResolvedStatus) -> Wanted | Look:
+    """Only the ConfigMap was lost: its content is made again from what was decided."""
+    allowed = max((pod.num_nodes or 0 for pod in look.gang.pods), default=0)
+    answer = accept.accept_again(look.job, before, allowed or None, look.settings)
+    if isinstance(answer, accept.Refused):  # no fault of a job that was accepted
+        phase = Phase.RESTARTING if look.ran else Phase.PENDING
+        return Wanted(
+            status=look.stand(phase, answer.reason, answer.message),
+            again=look.now + timedelta(seconds=LOOK_AGAIN_SECONDS),
+        )
+    told = Event("Warning", Reason.CONFIG_LOST, Reason.CONFIG_LOST.sentence)
+    # One that is refused is told as refused, each time that it reads otherwise.
+    events = () if "ConfigMap" in look.observed.refused else (told,)
+    return look.with_status(
+        look.status,
+        observed=replace(look.observed, profile=answer.profile, config=answer.config),
+        events=(*look.events, *events),
     )
 
 
@@ -114,7 +133,9 @@ def preparation(look: Look) -> Wanted | None:
 
 
 def _too_many_checkpoints(look: Look) -> Wanted | None:
-    """Known only now, with the number of steps."""
+    """Known only now, with the number of steps; a number that the spec gives was accepted."""
+    if look.spec.checkpoint.keep_last is not None:
+        return None
     steps = look.status.resolved.total_steps if look.status.resolved else None
     message = accept.too_many_checkpoints(look.spec.checkpoint, steps, look.settings)
     if message is None or look.ran:

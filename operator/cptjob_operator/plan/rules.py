@@ -84,7 +84,9 @@ def plan(job: CPTJob, observed: Observed, settings: Settings, now: datetime) -> 
     due = (job.status.accounted_time or now) + timedelta(seconds=LOOK_AGAIN_SECONDS)
     if now < due and _only_reworded(job.status, wanted.status):
         return replace(wanted, status=None, again=min(due, wanted.again or due))
-    return replace(wanted, urgent=_is_urgent(job.status, wanted.status))
+    # Its content is restored in this pass, whatever becomes of the status, and told once.
+    lost = any(each.reason == Reason.CONFIG_LOST for each in wanted.events)
+    return replace(wanted, urgent=lost or _is_urgent(job.status, wanted.status))
 
 
 def _decide(look: Look) -> Wanted:

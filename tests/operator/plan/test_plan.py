@@ -869,3 +869,77 @@ def test_a_lower_limit_does_not_hold_a_job_that_was_accepted_before_it(world: Ma
     job.wait(700)
     job.settle()
     assert [pod.id.attempt for pod in job.workers] == [1, 1]
+
+
+def _changed(**limits: int) -> Settings:
+    """Settings in which everything is otherwise than when the job was accepted."""
+    jobs = {"image": "cptjob/trainer:2", "serviceAccountName": "other", "pool": "h100"}
+    pools = {"a100": {}, "h100": {}}
+    return Settings.from_json(json.dumps({"pools": pools, "jobs": jobs, "limits": limits}))
+
+
+def _lose_configuration(job: Any) -> None:
+    del job.children["ConfigMap"]
+    job.profile = job.config = None
+
+
+def test_a_lost_configuration_is_made_again_as_it_was_decided(world: MakeWorld) -> None:
+    job = world(scheduling={"pool": None}, checkpoint={"keepLast": 9})
+    job.train()
+    before, config, events = job.profile, job.config, len(job.events)
+    _lose_configuration(job)
+    job.settings = _changed(maxNodes=1, maxCheckpoints=1)
+    job.settle()
+    assert job.profile == before
+    assert job.config == config
+    assert job.phase is Phase.RUNNING
+    told = [reason for reason, _ in job.events[events:]]
+    assert told == ["ConfigLost"]
+
+
+def test_news_of_a_lost_configuration_does_not_wait_for_a_status_that_may(
+    world: MakeWorld,
+) -> None:
+    job = world()
+    job.train()
+    job.change(job.workers[0], ready=False)
+    assert not job.plan().urgent
+    _lose_configuration(job)
+    assert job.plan().urgent  # an Event beside a status that waits would be left out
+
+
+def test_a_configuration_that_is_refused_again_and_again_is_told_as_refused(
+    world: MakeWorld,
+) -> None:
+    job = world()
+    job.train()
+    _lose_configuration(job)
+    job.refused = {"ConfigMap": "exceeded quota"}
+    assert "ConfigLost" not in [each.reason for each in job.plan().events]
+
+
+def test_a_lost_configuration_whose_pool_is_gone_waits_for_it_and_touches_no_pod(
+    world: MakeWorld,
+) -> None:
+    job = world()
+    job.train()
+    pods = dict(job.pods)
+    _lose_configuration(job)
+    before, job.settings = job.settings, Settings()
+    job.settle()
+    assert job.condition(Condition.READY) == ("False", "WaitingForPool")
+    assert (job.pods, job.profile) == (pods, None)
+    job.settings = before
+    job.settle()
+    assert job.phase is Phase.RUNNING
+
+
+def test_checkpoints_to_keep_that_were_accepted_are_no_fault_under_a_new_limit(
+    world: MakeWorld,
+) -> None:
+    job = world(checkpoint={"keepLast": 9})
+    job.settle()
+    job.settings = _changed(maxCheckpoints=1)
+    job.get_ready(job.pod(Role.COORDINATOR))
+    job.settle()
+    assert job.phase is Phase.STARTING
