@@ -71,7 +71,6 @@ class Pod:
     disruption: Disruption | None
     reason: str  # status.reason: Evicted, NodeLost, ...
     message: str
-    gpus: int
     image_id: str | None
     owner_uid: str | None
     bound_to: str | None = None  # the only node that it may go to, as a coordinator for its worker
@@ -145,7 +144,7 @@ class Observed:
     #: What was frozen at acceptance, read back from the ConfigMap; None before acceptance.
     profile: Profile | None = None
     config: AcceptedConfig | None = None
-    #: GPUs in use on each node by pods that are not ours; None when the operator may not list pods.
+    #: GPUs in use on each node by pods of others; None when the operator may not list pods.
     used_gpus: Mapping[str, int] | None = None
     nodes: Mapping[str, Node] = field(default_factory=dict)
     #: Volume claims of the job; one that is not in it is missing. None: not looked at.

@@ -121,7 +121,6 @@ def _ready(identity: PodId) -> Pod:
         disruption=None,
         reason="",
         message="",
-        gpus=0,
         image_id=None,
         owner_uid=identity.uid,
     )

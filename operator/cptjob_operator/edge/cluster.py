@@ -42,6 +42,8 @@ BUSY_FACTOR = 5.0
 REFUSED_SECONDS = 14.0
 #: How long what is read beside the watches (claims, other pods' GPUs) is taken for true.
 _FRESH_SECONDS = 14.0
+#: Nodes whose pods are read at once for one job.
+_NODES_AT_ONCE = 4
 _READ = 4096
 #: Jobs that are kept parsed: several passes of a job often see the same version of it.
 _PARSED = 256
@@ -179,25 +181,33 @@ class Cluster:
             return None
 
     async def _used_gpus(self, job: CPTJob) -> Mapping[str, int] | None:
-        """GPUs that pods of others hold on the nodes that the job names."""
+        """GPUs that pods of others hold on the nodes that the job names.
+
+        None in namespaced mode, where nobody may look; it takes a new role to change that.
+        """
         phase = job.status.phase if job.status else None
         if job.spec.scheduling.mode != "Manual" or phase in ("Running", "Complete", "Failed"):
             return None
+        uid, priority = job.metadata.uid, job.spec.scheduling.priority_class_name
         found: dict[str, int] = {}
-        for name in job.spec.scheduling.node_names:
-            if not self._may_list_pods:
-                return None
-            try:
-                found[name] = await self._fresh(("gpus", "", name), partial(self._gpus_on, name))
-            except Forbidden:
-                self._may_list_pods = False  # in namespaced mode; it takes a new role to change
+
+        async def read(name: str) -> bool:
+            if self._may_list_pods:
+                try:
+                    holders = await self._fresh(("gpus", "", name), partial(self._holders, name))
+                    found[name] = sum(each.gpus for each in holders if each.stays(uid, priority))
+                except Forbidden:
+                    self._may_list_pods = False
+            return self._may_list_pods
+
+        await _each(job.spec.scheduling.node_names, read, _NODES_AT_ONCE)
         return found if self._may_list_pods else None
 
-    async def _gpus_on(self, node: str) -> int:
-        used = 0
+    async def _holders(self, node: str) -> list[parse.Holder]:
+        found: list[parse.Holder] = []
         async for page in self._api.pages(kinds.POD, fields=f"spec.nodeName={node}"):
-            used += sum(parse.gpus_of_any(each) for each in page.items if parse.pod(each) is None)
-        return used
+            found += filter(None, map(parse.holder, page.items))
+        return found
 
     async def _fresh(self, what: tuple[str, str, str], read: Callable[[], Awaitable[T]]) -> T:
         """The answer of `read`, or the one that it gave a moment ago, or is about to give."""
@@ -459,7 +469,9 @@ def _terminating(error: ApiError) -> bool:
     return isinstance(error, Forbidden) and error.terminating
 
 
-async def _each(items: Iterable[T], do: Callable[[T], Awaitable[object]]) -> None:
+async def _each(
+    items: Iterable[T], do: Callable[[T], Awaitable[object]], at_once: int = _AT_ONCE
+) -> None:
     """Does it for all, some at once, in their order; stops when one returns False.
 
     Raises the first ApiError after all others were tried.
@@ -482,6 +494,6 @@ async def _each(items: Iterable[T], do: Callable[[T], Awaitable[object]]) -> Non
     if len(known) == 1:
         await work()
     elif known:
-        await asyncio.gather(*(work() for _ in range(min(_AT_ONCE, len(known)))))
+        await asyncio.gather(*(work() for _ in range(min(at_once, len(known)))))
     if errors:
         raise errors[0]

@@ -65,7 +65,6 @@ def pod(body: Mapping[str, Any]) -> Pod | None:
         disruption=_disruption(conditions.get("DisruptionTarget", {})),
         reason=_name(status, "reason"),
         message=_text(status, "message")[:_MESSAGE_CHARACTERS],
-        gpus=_gpus(main),
         image_id=_name(own, "imageID") or None,
         owner_uid=owner_uid(body),
         bound_to=_text(_map(about, "annotations"), NODE) or None,
@@ -137,11 +136,32 @@ def child_name(body: Mapping[str, Any]) -> str:
     return base(_text(labels, JOB_NAME), _text(labels, JOB_UID))
 
 
-def gpus_of_any(body: Mapping[str, Any]) -> int:
-    """GPUs that a pod, not necessarily ours, holds on its node."""
-    if _text(_map(body, "status"), "phase") in ("Succeeded", "Failed"):
-        return 0
-    return sum(_gpus(each) for each in _maps(_map(body, "spec"), "containers"))
+class Holder(NamedTuple):
+    """A pod, not necessarily ours, that holds GPUs of its node. job: its uid, of one of ours."""
+
+    job: str | None
+    priority: str
+    gpus: int
+
+    def stays(self, uid: str | None, priority: str | None) -> bool:
+        """Whether a job must do without these GPUs.
+
+        Its own pods make room for their successors. What becomes of another job's when it names a
+        class of priority that they do not have is for the scheduler to judge.
+        """
+        if self.job is None:
+            return True
+        return self.job != uid and priority in (None, self.priority)
+
+
+def holder(body: Mapping[str, Any]) -> Holder | None:
+    """None for a pod that holds no GPU, or has ended."""
+    spec = _map(body, "spec")
+    gpus = sum(_gpus(each) for each in _maps(spec, "containers"))
+    if not gpus or _text(_map(body, "status"), "phase") in ("Succeeded", "Failed"):
+        return None
+    ours = pod(body)
+    return Holder(ours.id.uid if ours else None, _text(spec, "priorityClassName"), gpus)
 
 
 # --- parts of a pod ---

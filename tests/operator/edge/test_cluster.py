@@ -1,5 +1,6 @@
 """What a pass asks of the API server, and what it holds back."""
 
+import asyncio
 import json
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -11,9 +12,11 @@ from cptjob_operator.edge.cache import Cache
 from cptjob_operator.edge.cluster import Cluster
 from cptjob_operator.edge.events import Recorder
 from cptjob_operator.edge.progress import Reports
+from cptjob_operator.identity import JobKey
 from cptjob_operator.wanted import Wanted
 from job_cases import sound_job
 
+UID = "3f0c8a52-7d1e-4a57-9d0a-6c1d2b3e4f50"
 Test = Callable[[Callable[[Any], Awaitable[None]]], None]
 
 
@@ -50,5 +53,87 @@ def test_pods_wait_for_a_child_that_is_refused_and_not_for_one_that_is_there(
         await cluster.apply(_job(), Wanted(objects=(pod,)))
         assert server.requests[1:] == [("POST", "/api/v1/namespaces/team/pods")]
         await cluster._api.close()
+
+    with_server(test)
+
+
+def _manual_job(nodes: list[str], priority: str | None = None, uid: str = "uid") -> dict[str, Any]:
+    changes = {"spec.output.storageUri": "pvc://results/runs", "spec.trainer.numNodes": len(nodes)}
+    document = sound_job(changes)
+    document["spec"]["scheduling"] = {"mode": "Manual", "nodeNames": nodes, "pool": "a100"}
+    if priority:
+        document["spec"]["scheduling"]["priorityClassName"] = priority
+    document["metadata"] = {
+        "name": "job",
+        "namespace": "team",
+        "uid": uid,
+        "generation": 1,
+        "resourceVersion": "1",
+    }
+    return document
+
+
+def _with_gpus(pod: dict[str, Any], gpus: int, priority: str = "") -> dict[str, Any]:
+    limits = {"nvidia.com/gpu": str(gpus)}
+    pod["spec"] = {"containers": [{"name": "main", "resources": {"limits": limits}}]}
+    return pod | {"spec": pod["spec"] | {"priorityClassName": priority}}
+
+
+def _used(server: Any, job: dict[str, Any]) -> Awaitable[Any]:
+    async def observe() -> Any:
+        cluster = _cluster(server)
+        cluster._known.put_job(job)
+        looked = await cluster.observe(JobKey("team", "job"))
+        await cluster._api.close()
+        assert looked is not None
+        return looked[1].used_gpus
+
+    return observe()
+
+
+def test_gpus_in_use_are_those_of_strangers_and_of_other_jobs_and_not_its_own(
+    with_server: Test, pod_body: Any
+) -> None:
+    stranger = _with_gpus({"metadata": {"name": "notebook"}, "status": {"phase": "Running"}}, 1)
+    worker, ended = _with_gpus(pod_body(1), 2, "high"), _with_gpus(pod_body(2, 1, "Succeeded"), 8)
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        return web.json_response({"items": [stranger, worker, ended]})
+
+    async def test(server: Any) -> None:
+        server.answer = answer
+        assert await _used(server, _manual_job(["node-1"])) == {"node-1": 3}
+        assert await _used(server, _manual_job(["node-1"], uid=UID)) == {"node-1": 1}
+        assert await _used(server, _manual_job(["node-1"], "high")) == {"node-1": 3}
+        # Whom it may drive away is for the scheduler to judge.
+        assert await _used(server, _manual_job(["node-1"], "urgent")) == {"node-1": 1}
+
+    with_server(test)
+
+
+def test_named_nodes_are_read_some_at_once_and_none_when_that_is_forbidden(
+    with_server: Test,
+) -> None:
+    names = [f"node-{index}" for index in range(20)]
+    now, most = 0, 0
+
+    async def slow(request: web.Request) -> web.StreamResponse:
+        nonlocal now, most
+        now, most = now + 1, max(most, now + 1)
+        await asyncio.sleep(0.02)
+        now -= 1
+        return web.json_response({"items": []})
+
+    async def forbid(request: web.Request) -> web.StreamResponse:
+        return web.json_response({"message": "no"}, status=403)
+
+    async def test(server: Any) -> None:
+        server.answer = slow
+        assert await _used(server, _manual_job(names)) == dict.fromkeys(names, 0)
+        assert 2 <= most <= 8
+        server.answer = forbid
+        server.requests.clear()
+        assert await _used(server, _manual_job(names)) is None
+        assert len(server.requests) <= 8
 
     with_server(test)

@@ -182,7 +182,6 @@ class World:
             disruption=None,
             reason="",
             message="",
-            gpus=0,
             image_id=None,
             owner_uid=UID,
             bound_to=annotations.get(NODE),
