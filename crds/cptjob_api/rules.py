@@ -16,9 +16,10 @@ from cptjob_api.spec import CPTJobSpec, Dataset, ElasticPolicy, Scheduling, Trai
 from cptjob_api.storage import FORMS, PATTERNS, is_storage_uri
 from cptjob_trainer.config import Role, Sifting, Training
 
-# Pod names are `<job>-<attempt>-<role>-<index>-<incarnation>`, and a host name has 63 characters.
+# Pod names are `<job>-<uid>-<attempt>-<role><index>-<incarnation>`, with a few characters of the uid,
+# and a host name has 63 characters.
 MAX_NAME = 40
-# A Service has the job's name, so it must be a DNS label that starts with a letter.
+# The Service's name begins with the job's, so it must be a DNS label that starts with a letter.
 NAME_PATTERN = "[a-z]([-a-z0-9]*[a-z0-9])?"
 
 

@@ -18,10 +18,10 @@ EventType = Literal["Normal", "Warning"]
 class Deletion:
     """An object to delete if it is still the one that was seen.
 
-    grace_seconds: None leaves the object's own; 0 with `force` removes a pod whose node is gone.
+    grace_seconds: None leaves the object's own; 0 removes a pod whose node is gone.
     """
 
-    kind: Literal["Pod", "CPTJob", "ConfigMap", "Service", "NetworkPolicy"]
+    kind: Literal["Pod", "CPTJob"]
     name: str
     uid: str
     grace_seconds: int | None = None

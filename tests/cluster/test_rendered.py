@@ -107,7 +107,7 @@ def offer(api: client.ApiClient, manifest: dict[str, Any]) -> tuple[int, str]:
 def made_for(job: CPTJob, answer: Accepted) -> list[dict[str, Any]]:
     last = job.spec.trainer.num_nodes - 1
     return [
-        *children.children(job, answer.profile, answer.config, Network()),
+        *children.missing(job, answer.profile, answer.config, Network(), {}),
         pods.coordinator(job, answer.profile, PodId(UID, 0, Role.COORDINATOR, 0, 0)),
         pods.worker(job, answer.profile, PodId(UID, 3, Role.WORKER, last, 2), {"x"}, {"y"}),
     ]

@@ -8,7 +8,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import aiohttp
 from pydantic_core import from_json, to_json
@@ -18,7 +18,6 @@ from cptjob_operator.edge.kinds import Kind
 from cptjob_operator.edge.login import Login
 
 Document = dict[str, Any]
-Propagation = Literal["Background", "Foreground", "Orphan"]
 
 #: Objects in one answer to a list: large ones would double the operator's memory while they are read.
 CHUNK = 200
@@ -161,10 +160,9 @@ class Api:
         name: str,
         uid: str,
         grace_seconds: int | None = None,
-        propagation: Propagation = "Background",
     ) -> Document:
         """Deletes the object if it is still the one of that uid; else raises Conflict."""
-        body: Document = {"preconditions": {"uid": uid}, "propagationPolicy": propagation}
+        body: Document = {"preconditions": {"uid": uid}, "propagationPolicy": "Background"}
         if grace_seconds is not None:
             body["gracePeriodSeconds"] = grace_seconds
         return await self._write("DELETE", "delete", kind, kind.path(namespace, name), body)

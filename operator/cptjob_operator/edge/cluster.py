@@ -344,8 +344,6 @@ class Cluster:
             return
         if kind is kinds.POD and answer.get("kind") == "Pod":
             self._known.put_pod(answer, own=True)
-        elif kind in kinds.CHILDREN:
-            self._known.drop_child(_id(job), kind.name)
 
     async def _uid_of(self, kind: kinds.Kind, namespace: str, name: str) -> str | None:
         try:
@@ -357,10 +355,8 @@ class Cluster:
         """No such object, or another of that name."""
         if kind is kinds.POD:
             self._known.lost_pod(_id(job), what.uid)
-        elif kind is kinds.JOB:
-            self._known.drop_job(_key(job), what.uid)
         else:
-            self._known.drop_child(_id(job), kind.name)
+            self._known.drop_job(_key(job), what.uid)
 
     async def _make_child(self, job: CPTJob, manifest: Document) -> None:
         kind, namespace = kinds.kind_of(manifest), job.metadata.namespace or ""

@@ -24,13 +24,6 @@ PROFILE_FILE = "profile.json"
 _NAMESPACE_LABEL = "kubernetes.io/metadata.name"
 
 
-def children(
-    job: CPTJob, profile: Profile, config: AcceptedConfig, network: Network
-) -> tuple[Manifest, ...]:
-    """Everything of the job that is no pod."""
-    return config_map(job, profile, config), service(job), network_policy(job, network)
-
-
 def missing(
     job: CPTJob,
     profile: Profile,
@@ -38,7 +31,7 @@ def missing(
     network: Network,
     there: Mapping[str, str],
 ) -> tuple[Manifest, ...]:
-    """Those of `children` that are not there, or differ from what they should be.
+    """What the job needs beside pods and is not there, or differs from what it should be.
 
     config: None where the ConfigMap is there; it is never changed, nor could it be.
     there: hash of each child that exists, by its kind.

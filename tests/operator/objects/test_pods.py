@@ -101,7 +101,7 @@ def rendered(case: str) -> list[Manifest]:
     assert isinstance(answer, Accepted), answer
     profile = answer.profile
     return [
-        *children.children(job, profile, answer.config, settings.network),
+        *children.missing(job, profile, answer.config, settings.network, {}),
         pods.coordinator(job, profile, identity(Role.COORDINATOR), beside=case == "one-node"),
         pods.worker(job, profile, identity(index=1, attempt=2), {"gpu-1"}, {"gpu-2"}),
     ]
@@ -218,7 +218,7 @@ def test_the_coordinator_is_in_no_queue_and_asks_for_no_gpu(
 
 def test_a_child_says_when_it_is_missing_or_differs(accepted: Accept, make_job: MakeJob) -> None:
     job, answer, network = make_job(), accepted(), Network()
-    every = children.children(job, answer.profile, answer.config, network)
+    every = children.missing(job, answer.profile, answer.config, network, {})
     there = {each["kind"]: children.hash_of(each) for each in every}
 
     def missing(there: dict[str, str], network: Network = network) -> list[str]:
@@ -264,7 +264,7 @@ def test_any_job_is_accepted_or_refused_in_words_and_its_objects_have_sound_name
         return
     last = job.spec.trainer.num_nodes - 1
     made = [
-        *children.children(job, answer.profile, answer.config, Network()),
+        *children.missing(job, answer.profile, answer.config, Network(), {}),
         pods.coordinator(job, answer.profile, PodId(UID, 0, Role.COORDINATOR, 0, 99)),
         pods.worker(job, answer.profile, PodId(UID, 999, Role.WORKER, last, 99), {"a"}, {"b"}),
     ]
