@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from cptjob_api import quantities
 from cptjob_api.facts import ModelFacts
 from cptjob_api.job import CPTJob
 from cptjob_api.spec import (
@@ -130,6 +131,15 @@ class Question:
         return self.job.spec
 
 
+def gpus(job: CPTJob, resource: str, instance_gpus: Mapping[str, int]) -> int:
+    """GPUs of a worker: those in resourcesPerNode, else those of the instance type."""
+    asked = job.spec.trainer.resources_per_node
+    given = asked.limits.get(resource) or asked.requests.get(resource)
+    if given is not None:
+        return quantities.whole(given) or 0
+    return instance_gpus.get(job.spec.scheduling.instance_type or "", 0)
+
+
 def image(ask: Question) -> str:
     """The platform's trainer image."""
     return ask.spec.trainer.image or ask.settings.image
@@ -153,15 +163,8 @@ def output_uri(ask: Question) -> str | None:
 
 def num_proc_per_node(ask: Question) -> int:
     """The GPUs in resourcesPerNode, else of the instance type, else 1."""
-    trainer, instance = ask.spec.trainer, ask.spec.scheduling.instance_type
-    resources = trainer.resources_per_node
-    gpus = resources.limits.get(ask.settings.gpu_resource) or resources.requests.get(
-        ask.settings.gpu_resource
-    )
-    counted = int(gpus) if gpus and gpus.isdigit() else 0
-    return (
-        trainer.num_proc_per_node or counted or ask.settings.instance_gpus.get(instance or "") or 1
-    )
+    counted = gpus(ask.job, ask.settings.gpu_resource, ask.settings.instance_gpus)
+    return ask.spec.trainer.num_proc_per_node or counted or 1
 
 
 def epochs(ask: Question) -> int:

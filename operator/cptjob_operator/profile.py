@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import ConfigDict, Field
 
 from cptjob_api.job import CPTJob
-from cptjob_api.resolve import Resolved
+from cptjob_api.resolve import Resolved, gpus
 from cptjob_api.storage import Storage
 from cptjob_operator import resources
 from cptjob_operator.settings import Pool, Security, Settings, Toleration
@@ -143,7 +143,7 @@ def freeze(job: CPTJob, resolved: Resolved, settings: Settings) -> Profile:
         service_account_name=resolved.service_account_name,
         placement=_placement(job, resolved.pool, pool, jobs.toleration_seconds),
         gpu_resource=gpu,
-        gpus_per_node=resources.gpus(job, gpu, jobs.instance_gpus),
+        gpus_per_node=gpus(job, gpu, jobs.instance_gpus),
         num_proc_per_node=resolved.num_proc_per_node,
         num_nodes=spec.trainer.num_nodes,
         worker=Resources(requests=requests, limits=limits),

@@ -7,8 +7,9 @@ by the field's name.
 import re
 from collections.abc import Iterator, Mapping
 
+from cptjob_api import quantities
 from cptjob_api.job import CPTJob
-from cptjob_operator import quantities
+from cptjob_api.resolve import gpus
 
 FIELD = "spec.trainer.resourcesPerNode"
 
@@ -17,15 +18,6 @@ _DOMAIN = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*"
 _EXTENDED = re.compile(rf"(?=.{{1,253}}/){_DOMAIN}/[A-Za-z0-9]([-A-Za-z0-9_.]{{0,61}}[A-Za-z0-9])?")
 _PAGES = "hugepages-"
 _HUGE_PAGES = re.compile(rf"{_PAGES}[1-9][0-9]*[KMG]i")
-
-
-def gpus(job: CPTJob, gpu: str, instance_gpus: Mapping[str, int]) -> int:
-    """GPUs of a worker: those in resourcesPerNode, else those of the instance type."""
-    asked = job.spec.trainer.resources_per_node
-    given = asked.limits.get(gpu) or asked.requests.get(gpu)
-    if given is not None:
-        return quantities.whole(given) or 0
-    return instance_gpus.get(job.spec.scheduling.instance_type or "", 0)
 
 
 def of_worker(

@@ -18,11 +18,11 @@ from cptjob_api.faults import explain
 from cptjob_api.fields import show
 from cptjob_api.job import GROUP
 from cptjob_api.kubeyaml import documents
+from cptjob_api.quantities import whole
 from cptjob_api.resolve import JobDefaults
 from cptjob_api.rules import Broken
 from cptjob_api.spec import EnvVar, LabelValue, ObjectName, Quantity, ResourceName
 from cptjob_api.storage import FORMS, Storage, is_storage_uri
-from cptjob_operator.quantities import whole
 from cptjob_trainer.config import Seconds, Strict, rule
 from cptjob_trainer.errors import Fault, ManifestError, MissingInputError
 

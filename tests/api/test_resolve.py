@@ -27,7 +27,11 @@ def build(document: dict[str, Any]) -> CPTJob:
     return CPTJob.from_json(json.dumps(document))
 
 
-GPUS = {"spec.trainer.resourcesPerNode": {"limits": {"nvidia.com/gpu": 4}}}
+def _gpus(quantity: str | int) -> dict[str, Any]:
+    return {"spec.trainer.resourcesPerNode": {"limits": {"nvidia.com/gpu": quantity}}}
+
+
+GPUS = _gpus(4)
 # The changes to a small job, facts of its model, the field, and what it must be.
 TABLE: list[tuple[dict[str, Any], ModelFacts, str, Any]] = [
     ({}, NO_FACTS, "learning_rate", 2e-5),
@@ -50,6 +54,9 @@ TABLE: list[tuple[dict[str, Any], ModelFacts, str, Any]] = [
     ({"spec.training.globalBatchSize": 7}, LLAMA, "global_batch_size", 7),
     ({}, LLAMA, "num_proc_per_node", 1),
     (GPUS, LLAMA, "num_proc_per_node", 4),
+    (_gpus("8.0"), LLAMA, "num_proc_per_node", 8),
+    (_gpus("1e1"), LLAMA, "num_proc_per_node", 10),
+    (_gpus("0") | {"spec.scheduling.instanceType": "p3.8xlarge"}, LLAMA, "num_proc_per_node", 1),
     (GPUS | {"spec.trainer.numProcPerNode": 2}, LLAMA, "num_proc_per_node", 2),
     ({"spec.scheduling.instanceType": "p3dn.24xlarge"}, LLAMA, "num_proc_per_node", 8),
     ({"spec.scheduling.instanceType": "unknown"}, LLAMA, "num_proc_per_node", 1),

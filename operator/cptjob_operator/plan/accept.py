@@ -13,7 +13,7 @@ from pathlib import Path
 from cptjob_api.conditions import Reason
 from cptjob_api.fields import instances, parts, show
 from cptjob_api.job import CPTJob
-from cptjob_api.resolve import JobDefaults, Resolved, accepted_config, resolve
+from cptjob_api.resolve import JobDefaults, Resolved, accepted_config, gpus, resolve
 from cptjob_api.spec import CPTJobSpec
 from cptjob_api.status import ResolvedStatus
 from cptjob_api.storage import Storage, is_storage_uri
@@ -95,7 +95,7 @@ class Question:
     def gpus(self) -> int:
         """GPUs of a worker."""
         defaults = self.defaults
-        return resources.gpus(self.job, defaults.gpu_resource, defaults.instance_gpus)
+        return gpus(self.job, defaults.gpu_resource, defaults.instance_gpus)
 
 
 # --- the checks -----------------------------------------------------------------------------------
