@@ -13,6 +13,7 @@ CHILDREN = (
 )
 _OURS = "labelSelector=app.kubernetes.io/managed-by%3Dcptjob-operator"
 _CREATIONS_AT_ONCE = 16
+_DELETIONS = 5
 _TERMINATION = '{"exitCode": 0, "reason": "Complete", "message": "{}"}'
 
 
@@ -147,8 +148,15 @@ class Plain:
 
 
 async def _delete(client: Client, path: str) -> None:
+    """All of them. The API server gives up after a minute and has by then deleted some."""
     body = {"propagationPolicy": "Background", "gracePeriodSeconds": 0}
-    await client.ask("DELETE", path, body)
+    for attempt in range(_DELETIONS):
+        try:
+            await client.ask("DELETE", path, body)
+            return
+        except RuntimeError as error:
+            if ": 504 " not in str(error) or attempt == _DELETIONS - 1:
+                raise
 
 
 async def _clear_pods(client: Client, namespace: str, pods: Pods) -> None:
