@@ -111,7 +111,7 @@ class Reason(_Word):
     IMAGE_PULL_FAILED = (
         "ImagePullFailed",
         "An image cannot be pulled.",
-        "Mend the image's name, the registry, or `trainer.imagePullSecrets`.",
+        "Mend the registry or the secret for it, or make a new job with another image.",
     )
     CONTAINER_CONFIG_ERROR = (
         "ContainerConfigError",

@@ -53,7 +53,9 @@ def faults(job: CPTJob) -> Iterator[str]:
     if not names & {"cpu", "memory"} and any(map(_HUGE_PAGES.fullmatch, names)):
         yield f"{FIELD}: huge pages need a request or limit of cpu or memory beside them"
     for name, quantity in asked.requests.items():
-        yield from (f"{FIELD}.{name}: {words}" for words in _unequal(name, quantity, asked.limits))
+        yield from (
+            f"{FIELD}.requests.{name}: {words}" for words in _unequal(name, quantity, asked.limits)
+        )
 
 
 def _is_counted(name: str) -> bool:

@@ -20,7 +20,9 @@ def acceptance(look: Look) -> Wanted | Look | None:
         return None if look.observed.profile is not None else _restored(look, before)
     answer = accept.accept(look.job, look.settings)
     if isinstance(answer, accept.Refused):
-        return look.fail(answer.reason, answer.message)
+        return look.fail(
+            answer.reason, f"{answer.message}; mend it, then delete this job and make it again"
+        )
     told = Event("Normal", Reason.ACCEPTED, Reason.ACCEPTED.sentence)
     return look.with_status(
         look.status.model_copy(update={"resolved": answer.resolved.status()}),

@@ -55,8 +55,8 @@ def _image(pod: Pod) -> Obstacle | None:
         return None
     return Obstacle(
         Reason.IMAGE_PULL_FAILED,
-        f"{pod.name}: {pod.waiting.message or pod.waiting.reason}; mend the image's name, the "
-        "registry or trainer.imagePullSecrets",
+        f"{pod.name}: {pod.waiting.message or pod.waiting.reason}; mend the registry or "
+        "the secret for it, or make a new job with another image or imagePullSecrets",
     )
 
 

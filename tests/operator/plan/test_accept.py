@@ -114,7 +114,7 @@ REFUSED: list[tuple[dict[str, Any], Reason, str]] = [
     (
         {"spec.trainer.resourcesPerNode": {"limits": {"cpu": 1}, "requests": {"cpu": "1500m"}}},
         Reason.INVALID_SPEC,
-        "resourcesPerNode.cpu: the request (1500m) is more than the limit (1)",
+        "resourcesPerNode.requests.cpu: the request (1500m) is more than the limit (1)",
     ),
     (
         {
