@@ -31,10 +31,13 @@ def test_a_job_leaves_all_that_was_promised(done: Done) -> None:
         before, after = metrics[f"heldout_{role}_loss_base"], metrics[f"heldout_{role}_loss"]
         assert after < before
         assert f"{before:.4f} before, {after:.4f} after" in output
-    steps = [progress["currentStep"] for progress in seen if progress["phase"] == "Training"]
+    # A step of so small a model is over too soon to be seen by itself; a save in between is not.
+    begun = [progress for progress in seen if progress["currentStep"] > 0]
+    steps = [progress["currentStep"] for progress in begun]
     assert steps, "nobody served /progress while it trained"
+    assert steps[0] < STEPS, "it was told in the end only"
     assert steps == sorted(steps)
-    assert {progress["totalSteps"] for progress in seen if progress["phase"] == "Training"} == {12}
+    assert {progress["totalSteps"] for progress in begun} == {STEPS}
 
 
 def test_the_model_loads_and_writes_text(done: Done) -> None:
