@@ -83,7 +83,7 @@ def _plain(source: Any) -> Any:
     if not isinstance(source, dict):
         return source
     if source.get("quantity"):
-        return {"type": ["number", "string"], "pattern": QUANTITY_PATTERN, "maxLength": 32}
+        return _quantity(source)
     source = _without_null(source)
     target = {key: _plain(each) for key, each in source.items() if key not in ("title", "rule")}
     if isinstance(source.get("title"), dict):  # a field of that name
@@ -95,6 +95,13 @@ def _plain(source: Any) -> Any:
     if target.get("type") == "object" and isinstance(target.get("default"), dict):
         target.pop("default")  # each of its fields has its own
     return target
+
+
+def _quantity(source: Schema) -> Schema:
+    """A number, or text with a suffix such as Gi."""
+    any_ = {"type": ["number", "string"], "pattern": QUANTITY_PATTERN, "maxLength": 32}
+    form: Schema = any_ if source["quantity"] is True else source["quantity"]
+    return form | {key: source[key] for key in ("default", "description") if key in source}
 
 
 def _without_null(source: Schema) -> Schema:

@@ -9,7 +9,7 @@ from pydantic import Field, JsonValue
 
 from cptjob_api.spec import Quantity, ResourceName
 from cptjob_operator.settings import Annotations, Labels, Port, Settings
-from cptjob_trainer.config import Strict
+from cptjob_trainer.config import Strict, rule
 
 Object = dict[str, JsonValue]
 _DNS_LABEL = r"^([a-z0-9]([-a-z0-9]*[a-z0-9])?)?$"
@@ -22,7 +22,8 @@ Duration = Annotated[str, Field(pattern=r"^([0-9]+(ms|s|m|h))+$")]
 class Image(Strict):
     """An image and the version of it."""
 
-    repository: str = Field(min_length=1, max_length=400, description="Registry and name.")
+    # With a tag or a digest it stays within the 512 characters of settings.jobs.image.
+    repository: str = Field(min_length=1, max_length=380, description="Registry and name.")
     tag: str = Field(
         default="",
         max_length=128,
@@ -41,6 +42,38 @@ class OperatorImage(Image):
 
     pull_policy: Literal["IfNotPresent", "Always", "Never"] = Field(
         default="IfNotPresent", description="When nodes pull it."
+    )
+
+
+class ContainerEnv(Strict):
+    """An environment variable of the operator."""
+
+    name: str = Field(
+        min_length=1, max_length=256, pattern=r"^[^=]+$", description="Name of the variable."
+    )
+    value: str = Field(default="", max_length=16_384, description="Its value.")
+    value_from: Object | None = Field(
+        default=None,
+        description="Where its value comes from, as in a container.",
+        json_schema_extra=rule("value"),
+    )
+
+
+class PodToleration(Strict):
+    """A taint that pods tolerate, as Kubernetes writes it."""
+
+    key: str = Field(default="", max_length=317, description="Key of the taint; empty is any.")
+    operator: Literal["Exists", "Equal", "Lt", "Gt"] = Field(
+        default="Equal", description="How the taint's value is compared; Exists takes any."
+    )
+    value: str = Field(default="", max_length=63, description="Value of the taint, for Equal.")
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute", ""] = Field(
+        default="", description="Effect of the taint; empty is any."
+    )
+    toleration_seconds: Annotated[int, Field(ge=0, le=31_536_000)] | None = Field(
+        default=None,
+        description="How long a NoExecute taint is tolerated.",
+        json_schema_extra=rule("for ever"),
     )
 
 
@@ -64,7 +97,11 @@ class ServiceAccount(Strict):
     """Who the operator is."""
 
     create: bool = Field(default=True, description="Make the service account.")
-    name: AccountName = Field(default="", description="Its name; empty is the release's full name.")
+    name: AccountName = Field(
+        default="",
+        description="Its name; empty is the release's full name. An account that was made before "
+        "has to be named.",
+    )
     annotations: Annotations = Field(default={}, description="Its annotations.")
 
 
@@ -221,14 +258,14 @@ class Values(Strict):
     pod_annotations: Annotations = Field(
         default={}, description="Annotations of the operator's pods."
     )
-    env: tuple[Object, ...] = Field(
+    env: tuple[ContainerEnv, ...] = Field(
         default=(), description="More environment of the operator, as in a container."
     )
     priority_class_name: str = Field(
         default="", max_length=253, description="Priority class of the operator's pods."
     )
     node_selector: Labels = Field(default={}, description="Labels of nodes for the operator.")
-    tolerations: tuple[Object, ...] = Field(
+    tolerations: tuple[PodToleration, ...] = Field(
         default=(), description="Taints that the operator's pods tolerate."
     )
     affinity: Object = Field(

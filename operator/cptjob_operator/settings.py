@@ -7,23 +7,22 @@ change needs a new start, which leaves accepted jobs as they are: see `profile.p
 """
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, JsonValue, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from cptjob_api.faults import explain
 from cptjob_api.fields import show
 from cptjob_api.job import GROUP
 from cptjob_api.kubeyaml import documents
-from cptjob_api.quantities import whole
 from cptjob_api.resolve import JobDefaults
 from cptjob_api.rules import Broken
 from cptjob_api.spec import EnvVar, LabelValue, ObjectName, Quantity, ResourceName
-from cptjob_api.storage import FORMS, Storage, is_storage_uri
-from cptjob_trainer.config import Seconds, Strict, rule
+from cptjob_trainer.config import Seconds, StorageUri, Strict, rule
 from cptjob_trainer.errors import Fault, ManifestError, MissingInputError
 
 _NAME = r"([A-Za-z0-9][-A-Za-z0-9_.]{0,61})?[A-Za-z0-9]"
@@ -44,6 +43,24 @@ Annotations = Annotated[
     dict[LabelKey, Annotated[str, Field(max_length=16_384)]], Field(max_length=64)
 ]
 Quantities = Annotated[dict[ResourceName, Quantity], Field(max_length=16)]
+
+
+def _whole(pattern: str, minimum: int) -> Any:
+    """A quantity of whole pieces. A rule below looks at it, as words tell more than a pattern."""
+    form: dict[str, JsonValue] = {"pattern": pattern, "minimum": minimum, "maxLength": 32}
+    return Field(json_schema_extra={"quantity": {"type": ["integer", "string"], **form}})
+
+
+# Both stay below 2^63, where Kubernetes stops counting.
+SIZE = r"^([1-9][0-9]{0,17}|[1-9][0-9]{0,8}(k|M|G|Ki|Mi|Gi)|[1-9][0-9]{0,5}(T|Ti))$"
+COUNT = r"^[0-9]{1,18}$"
+Size = Annotated[Quantity, _whole(SIZE, minimum=1)]
+Counts = Annotated[
+    dict[ResourceName, Annotated[Quantity, _whole(COUNT, minimum=0)]], Field(max_length=16)
+]
+_FOLDER = r"([^./][^/]*|[.][.][^/]+|[.][^./][^/]*|[.])?"  # anything but ..
+#: Where a job may write.
+OUTPUT = rf"^pvc://[a-z0-9]([-a-z0-9.]{{0,251}}[a-z0-9])?(/{_FOLDER})*$"
 UserId = Annotated[int, Field(ge=1, le=2_147_483_647)]
 Security = Literal["restricted", "baseline"]
 
@@ -115,16 +132,16 @@ class Pool(Strict):
         description="Runtime class of the worker pods.",
         json_schema_extra=rule("the cluster's default"),
     )
-    extra_resources: Quantities = Field(
+    extra_resources: Counts = Field(
         default={}, description="Resources that each worker gets besides, such as RDMA devices."
     )
     env: Annotated[tuple[EnvVar, ...], Field(max_length=64)] = Field(
         default=(), description="Environment of the workers, such as NCCL's; a job's own wins."
     )
-    shm_size: Quantity = Field(
+    shm_size: Size = Field(
         default="8Gi", description="Most that a pod may keep in /dev/shm; counts as its memory."
     )
-    scratch_size: Quantity = Field(
+    scratch_size: Size = Field(
         default="50Gi", description="Most that a pod may write to /tmp on its node's disk."
     )
     run_as_user: UserId | None = Field(
@@ -144,6 +161,11 @@ class Pool(Strict):
 class Jobs(JobDefaults):
     """What the platform decides for jobs that do not say, and what they may say."""
 
+    output_uri: StorageUri | None = Field(
+        default=None,
+        description="Storage under which each job gets a folder for its results: pvc://CLAIM/path.",
+        json_schema_extra={**rule("each job must name one"), "pattern": OUTPUT},
+    )
     image_pull_policy: Literal["IfNotPresent", "Always", "Never"] = Field(
         default="IfNotPresent", description="When nodes pull the image."
     )
@@ -293,7 +315,9 @@ class Settings(Strict):
     """Everything that the platform decides."""
 
     watched_namespaces: Annotated[tuple[Namespace, ...], Field(max_length=1000)] = Field(
-        default=(), description="Namespaces whose jobs are looked after; empty is all."
+        default=(),
+        description="Namespaces whose jobs are looked after; empty is all.",
+        json_schema_extra={"uniqueItems": True},
     )
     jobs: Jobs = Field(
         default=Jobs(), description="What is decided for jobs that do not say, and what they may."
@@ -332,43 +356,88 @@ class Settings(Strict):
 
 
 def _broken(settings: Settings) -> Iterator[Broken]:
-    """Every rule over several fields that does not hold."""
-    yield from _broken_jobs(settings)
+    """Every rule that does not hold."""
+    for each in RULES:
+        yield from each(settings)
+
+
+def _default_pool(settings: Settings) -> Iterator[Broken]:
+    name = settings.jobs.pool
+    if name is not None and name not in settings.pools:
+        known = ", ".join(settings.pools)
+        yield Broken(("jobs", "pool"), f"there is no pool {name}; pools: {known}")
+
+
+def _default_output(settings: Settings) -> Iterator[Broken]:
+    uri = settings.jobs.output_uri
+    if uri is not None and not re.fullmatch(OUTPUT, uri):
+        yield Broken(
+            ("jobs", "outputUri"),
+            f"write pvc://CLAIM/path, without '..' in it, and not {uri}; nothing else can be "
+            "written to on a cluster yet",
+        )
+
+
+def _values_of_tolerations(settings: Settings) -> Iterator[Broken]:
     for name, pool in settings.pools.items():
-        for fault in _broken_pool(pool):
-            yield Broken(("pools", name, *fault.path), fault.message)
+        for index, each in enumerate(pool.tolerations):
+            if each.value and each.operator == "Exists":
+                yield Broken(
+                    ("pools", name, "tolerations", index, "value"),
+                    "goes with operator: Equal; set it or leave it out",
+                )
+
+
+def _extra_resources(settings: Settings) -> Iterator[Broken]:
+    for name, pool in settings.pools.items():
+        for resource, quantity in pool.extra_resources.items():
+            if not re.fullmatch(COUNT, quantity):
+                yield Broken(
+                    ("pools", name, "extraResources", resource),
+                    f"must be a whole number, not {quantity}",
+                )
+
+
+def _sizes(settings: Settings) -> Iterator[Broken]:
+    for name, pool in settings.pools.items():
+        for field, size in (("shmSize", pool.shm_size), ("scratchSize", pool.scratch_size)):
+            if not re.fullmatch(SIZE, size):
+                yield Broken(
+                    ("pools", name, field),
+                    f"must be a number of bytes such as 1536Mi, not {size}",
+                )
+
+
+def _security(settings: Settings) -> Iterator[Broken]:
+    for name, pool in settings.pools.items():
+        if pool.security.profile != "restricted" and not pool.security.namespaces:
+            yield Broken(
+                ("pools", name, "security", "namespaces"),
+                f"name those whose jobs get {pool.security.profile}; without any, none does",
+            )
+
+
+def _lease(settings: Settings) -> Iterator[Broken]:
     if settings.leader.renew_seconds * 2 > settings.leader.lease_seconds:
         yield Broken(("leader", "renewSeconds"), "must be at most half of leaseSeconds")
+
+
+def _backoff(settings: Settings) -> Iterator[Broken]:
     if settings.timing.backoff.cap_seconds < settings.timing.backoff.base_seconds:
         yield Broken(("timing", "backoff", "capSeconds"), "must be at least baseSeconds")
 
 
-def _broken_pool(pool: Pool) -> Iterator[Broken]:
-    for index, each in enumerate(pool.tolerations):
-        if each.value and each.operator == "Exists":
-            yield Broken(
-                ("tolerations", index, "value"), "goes with operator: Equal; set it or leave it out"
-            )
-    for resource, quantity in pool.extra_resources.items():
-        if whole(quantity) is None:
-            yield Broken(("extraResources", resource), f"must be a whole number, not {quantity}")
-    for field, size in (("shmSize", pool.shm_size), ("scratchSize", pool.scratch_size)):
-        if not whole(size):
-            yield Broken((field,), f"must be a number of bytes, not {size}")
-
-
-def _broken_jobs(settings: Settings) -> Iterator[Broken]:
-    jobs = settings.jobs
-    if jobs.pool is not None and jobs.pool not in settings.pools:
-        known = ", ".join(settings.pools)
-        yield Broken(("jobs", "pool"), f"there is no pool {jobs.pool}; pools: {known}")
-    uri = jobs.output_uri
-    if uri is None:
-        return
-    if not is_storage_uri(uri):
-        yield Broken(("jobs", "outputUri"), f"write {FORMS}, without '..' in it")
-    elif Storage.parse(uri).scheme != "pvc":
-        yield Broken(("jobs", "outputUri"), "only pvc://CLAIM/path can be written on a cluster yet")
+#: What the types alone do not say. The chart refuses the same: by its schema, or in its _checks.tpl.
+RULES: tuple[Callable[[Settings], Iterator[Broken]], ...] = (
+    _default_pool,
+    _default_output,
+    _values_of_tolerations,
+    _extra_resources,
+    _sizes,
+    _security,
+    _lease,
+    _backoff,
+)
 
 
 def load(path: Path) -> Settings:

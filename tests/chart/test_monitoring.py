@@ -18,11 +18,12 @@ from testplane.plane import ControlPlane, KubectlError
 EVERY: dict[str, Any] = {
     "metrics": {
         "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
-        "podMonitor": {"enabled": True, "interval": "1m"},
         "jobPodMonitor": {"enabled": True},
         "rules": {"enabled": True, "labels": {"release": "prometheus"}},
     }
 }
+# In place of the ServiceMonitor.
+BY_POD = {"metrics": EVERY["metrics"] | {"serviceMonitor": {}, "podMonitor": {"enabled": True}}}
 WATCHED = {"settings": {"watchedNamespaces": ["default", "team"]}}
 KINDS = ("ServiceMonitor", "PodMonitor", "PrometheusRule")
 # What Prometheus adds to each series of an operator.
@@ -48,11 +49,11 @@ def try_out(plane: ControlPlane, found: Object) -> None:
 def test_the_definitions_of_the_prometheus_operator_take_every_object(
     monitored: ControlPlane, helm: Helm, more: Mapping[str, Any]
 ) -> None:
-    found = [each for each in helm.template(EVERY | more) if each["kind"] in KINDS]
-    assert [each["kind"] for each in found].count("PodMonitor") == 2
-    assert {each["kind"] for each in found} == set(KINDS)
-    for each in found:
-        try_out(monitored, each)
+    for values, kinds in (EVERY, sorted(KINDS)), (BY_POD, ["PodMonitor"] * 2 + ["PrometheusRule"]):
+        found = [each for each in helm.template(values | more) if each["kind"] in KINDS]
+        assert sorted(each["kind"] for each in found) == sorted(kinds)
+        for each in found:
+            try_out(monitored, each)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -31,7 +31,6 @@ EVERYTHING: Values = {
     "metrics": {
         "service": {"annotations": {"example.com/scrape": "true"}},
         "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
-        "podMonitor": {"enabled": True},
         "jobPodMonitor": {"enabled": True, "interval": "1m"},
         "rules": {"enabled": True, "labels": {"release": "prometheus"}},
     },
@@ -39,7 +38,10 @@ EVERYTHING: Values = {
     "commonLabels": {"team": "platform"},
     "podLabels": {"tier": "control"},
     "podAnnotations": {"example.com/note": "yes"},
-    "env": [{"name": "HTTPS_PROXY", "value": "http://proxy:3128"}],
+    "env": [
+        {"name": "HTTPS_PROXY", "value": "http://proxy:3128"},
+        {"name": "TOKEN", "valueFrom": {"secretKeyRef": {"name": "proxy", "key": "token"}}},
+    ],
     "priorityClassName": "system-cluster-critical",
     "nodeSelector": {"kubernetes.io/os": "linux"},
     "tolerations": [{"key": "control", "operator": "Exists"}],
@@ -67,7 +69,7 @@ def test_by_default_there_is_what_every_cluster_has(helm: Helm) -> None:
     ("values", "gone"),
     [
         ({"crds": {"enabled": False}}, {"CustomResourceDefinition"}),
-        ({"serviceAccount": {"create": False}}, {"ServiceAccount"}),
+        ({"serviceAccount": {"create": False, "name": "mine"}}, {"ServiceAccount"}),
         ({"podDisruptionBudget": {"enabled": False}}, {"PodDisruptionBudget"}),
         ({"replicas": 1}, {"PodDisruptionBudget"}),
         ({"networkPolicy": {"enabled": False}}, {"NetworkPolicy"}),
@@ -94,7 +96,7 @@ def test_everything_together_is_rendered(helm: Helm) -> None:
     assert pod["affinity"] == EVERYTHING["affinity"]
     assert pod["topologySpreadConstraints"] == EVERYTHING["topologySpreadConstraints"]
     assert pod["imagePullSecrets"] == EVERYTHING["imagePullSecrets"]
-    assert EVERYTHING["env"][0] in pod["containers"][0]["env"]
+    assert all(each in pod["containers"][0]["env"] for each in EVERYTHING["env"])
     about = objects.one("Deployment")["spec"]["template"]["metadata"]
     assert about["labels"]["tier"] == "control"
     assert about["annotations"]["example.com/note"] == "yes"
@@ -159,6 +161,11 @@ def test_the_operator_runs_with_as_few_rights_as_a_pod_can_have(helm: Helm) -> N
     assert container["resources"]["requests"].keys() == {"cpu", "memory"}
     assert container["resources"]["limits"].keys() == {"memory"}
     assert not any("hostPath" in each for each in pod["volumes"])
+
+
+def test_what_was_wrong_at_the_start_stands_in_the_pods_status(helm: Helm) -> None:
+    (container,) = helm.template().pod()["containers"]
+    assert container["terminationMessagePolicy"] == "FallbackToLogsOnError"
 
 
 def test_the_probes_ask_where_the_operator_answers(helm: Helm) -> None:

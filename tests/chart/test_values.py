@@ -53,6 +53,18 @@ BAD: list[tuple[Values, str]] = [
     ),
     ({"networkPolicy": {"apiServerPorts": []}}, "at '/networkPolicy/apiServerPorts': minItems"),
     ({"metrics": {"podMonitor": {"interval": "often"}}}, "at '/metrics/podMonitor/interval'"),
+    (
+        {"env": [{"name": "A", "valeu": "b"}]},
+        "at '/env/0': additional properties 'valeu' not allowed",
+    ),
+    (
+        {"tolerations": [{"key": "a", "effects": "NoSchedule"}]},
+        "at '/tolerations/0': additional properties 'effects' not allowed",
+    ),
+    (
+        {"settings": {"watchedNamespaces": ["team", "team"]}},
+        "at '/settings/watchedNamespaces': items at 0 and 1 are equal",
+    ),
 ]
 
 
@@ -64,10 +76,37 @@ def test_a_bad_value_is_refused_by_name(values: Values, message: str, helm: Helm
     assert str(refused.value).count("- at ") == 1  # and nothing else is said
 
 
-def test_a_service_monitor_without_a_service_is_refused(helm: Helm) -> None:
-    metrics = {"service": {"enabled": False}, "serviceMonitor": {"enabled": True}}
-    with pytest.raises(HelmError, match=r"needs metrics\.service\.enabled; set it, or use"):
-        helm.template({"metrics": metrics})
+# What the schema cannot say: each alone would be installed and not work.
+TOGETHER: list[tuple[Values, str]] = [
+    (
+        {"metrics": {"service": {"enabled": False}, "serviceMonitor": {"enabled": True}}},
+        "metrics.serviceMonitor: needs metrics.service.enabled; set it, or use metrics.podMonitor",
+    ),
+    (
+        {"metrics": {"podMonitor": {"enabled": True}, "serviceMonitor": {"enabled": True}}},
+        "metrics: serviceMonitor and podMonitor would read the same figures twice; enable one",
+    ),
+    (
+        {"serviceAccount": {"create": False}},
+        "serviceAccount.name: name the account that is there, or set serviceAccount.create",
+    ),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), TOGETHER, ids=[each for _, each in TOGETHER])
+def test_values_that_do_not_go_together_are_refused_by_name(
+    values: Values, message: str, helm: Helm
+) -> None:
+    with pytest.raises(HelmError) as refused:
+        helm.template(values)
+    assert f"\n{message}" in str(refused.value)
+
+
+def test_all_values_that_do_not_go_together_are_told_at_once(helm: Helm) -> None:
+    with pytest.raises(HelmError) as refused:
+        helm.template({"serviceAccount": {"create": False}, "settings": {"jobs": {"pool": "b"}}})
+    assert "settings.jobs.pool: there is no pool b; pools: default" in str(refused.value)
+    assert "serviceAccount.name: name the account" in str(refused.value)
 
 
 # --- settings -------------------------------------------------------------------------------------
