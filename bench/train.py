@@ -195,6 +195,12 @@ def loss_difference(runs: Sequence[Mapping[str, Any]], base: Sequence[Mapping[st
     )
 
 
+def ratio(mine: Sequence[Mapping[str, Any]], peer: Sequence[Mapping[str, Any]]) -> str:
+    """How many times the peer's speed: the median over rounds, and the range."""
+    found = [b["seconds"] / m["seconds"] for m, b in zip(mine, peer, strict=True)]
+    return f"{statistics.median(found):.2f} ({min(found):.2f}–{max(found):.2f})"
+
+
 def table(runs: Mapping[str, list[dict[str, Any]]], tokens: int) -> list[str]:
     """Markdown rows, an arm each. Ratios are medians over rounds, with their range."""
     base = runs[BASE]
@@ -205,18 +211,32 @@ def table(runs: Mapping[str, list[dict[str, Any]]], tokens: int) -> list[str]:
     ]
     for name, mine in runs.items():
         seconds = statistics.median(run["seconds"] for run in mine)
-        ratios = [b["seconds"] / m["seconds"] for m, b in zip(mine, base, strict=True)]
         shares = [m["memory"] / b["memory"] for m, b in zip(mine, base, strict=True)]
         plain = statistics.median(run["memory_plain"] for run in mine)
         lines.append(
             f"| {name} | {seconds:.4g} | {tokens / seconds:,.0f} "
-            f"| {statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f}) "
+            f"| {ratio(mine, base)} "
             f"| {statistics.median(run['memory'] for run in mine) / 2**20:,.0f} MiB "
             f"| {statistics.median(shares):.2f} | {plain / 2**20:,.0f} MiB "
             f"| {statistics.median(run['warmup_seconds'] for run in mine):.1f} "
             f"| {loss_difference(mine, base):.1e} | {max(run['others'] for run in mine):.2f} |"
         )
     return lines
+
+
+def against_each(runs: Mapping[str, list[dict[str, Any]]]) -> list[str]:
+    """Markdown rows: each of our arms against each way to make the peer faster."""
+    sides = {arm.name: arm.side for arm in ARMS}
+    ours = [name for name in runs if sides[name] == "ours"]
+    peers = [name for name in runs if sides[name] == "peer" and name != BASE]
+    return [
+        "| speed of | " + " | ".join(f"vs {name}" for name in peers) + " |",
+        "|---|" + "---|" * len(peers),
+        *(
+            f"| {name} | " + " | ".join(ratio(runs[name], runs[peer]) for peer in peers) + " |"
+            for name in ours
+        ),
+    ]
 
 
 def machine(device: str) -> str:
@@ -245,10 +265,11 @@ def body(where: str, found: Sequence[Mapping[str, Any]]) -> str:
     for result in found:
         size = result["size"]
         parts.append(
-            f"{result['model']}: {size['batch']} rows of {size['length']} tokens a step, bf16, "
+            f"{result['model']}: a step of {size['batch']} x {size['length']} tokens, bf16, "
             f"{result['rounds']} rounds in turn, medians (range); memory is on top of the imports'."
         )
         parts.append("\n".join(table(result["runs"], size["batch"] * size["length"])))
+        parts.append("\n".join(against_each(result["runs"])))
     return "\n\n".join(parts)
 
 
@@ -273,7 +294,7 @@ def bench_model(
     }
     arms = [arm for arm in ARMS if arm.name in configs]
     prepared = prepare(configs[arms[0].name])
-    print(f"{name}: {size.batch} rows of {size.length} tokens a step", flush=True)
+    print(f"{name}: a step of {size.batch} x {size.length} tokens", flush=True)
     runs: dict[str, list[dict[str, Any]]] = {arm.name: [] for arm in arms}
     rounds = options.rounds or (3 if (path / "model.safetensors").stat().st_size < 1e8 else 1)
     for number in range(rounds):
