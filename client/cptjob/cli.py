@@ -66,6 +66,17 @@ def _usage(error: click.ClickException) -> str:
     return f"{message}; see {context.command_path} --help" if context else message
 
 
+def _path(_context: click.Context, parameter: click.Parameter, value: str | None) -> Path | None:
+    """A path as it is given. Refuses "", which pathlib takes for the current directory and a shell
+    makes of a variable that is not set.
+    """
+    if value == "":
+        option = parameter.opts[0].startswith("-")
+        name = parameter.opts[0] if option else parameter.human_readable_name
+        raise UsageError(f"{name} is empty: give a path, such as . for the current directory")
+    return None if value is None else Path(value)
+
+
 def job_options(command: Command) -> Command:
     """FILE and the options that say where things lie here."""
     for option in (
@@ -84,20 +95,25 @@ def job_options(command: Command) -> Command:
         ),
         click.option(
             "--output",
-            type=click.Path(path_type=Path),
+            callback=_path,
             metavar="DIR",
             help="Replaces the whole <output.storageUri>/<job name>/.",
         ),
-        click.argument("file", type=click.Path(path_type=Path)),
+        click.argument("file", callback=_path),
     ):
         command = option(command)
     return command
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="cptjob")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> int | None:
     """Continued pre-training as one manifest."""
+    if context.invoked_subcommand is not None:
+        return None
+    click.echo(context.get_help())
+    return UsageError.exit_code
 
 
 @cli.command()
@@ -206,7 +222,7 @@ def estimate(
 
 
 @cli.command()
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", callback=_path)
 def report(out: Path) -> int:
     """Write OUT/report.html again, also while the run goes on."""
     if not out.is_dir():
@@ -219,7 +235,7 @@ def report(out: Path) -> int:
 @click.option("--step", type=click.IntRange(min=0), required=True, help="Step of the checkpoint.")
 @click.option(
     "--to",
-    type=click.Path(path_type=Path),
+    callback=_path,
     metavar="DIR",
     help="Directory to make; by default OUT/model-step-N.",
 )

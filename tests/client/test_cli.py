@@ -1,5 +1,7 @@
 """The command line: help, one-line errors, exit codes."""
 
+import errno
+import os
 import subprocess
 import sys
 import tempfile
@@ -43,6 +45,11 @@ def test_a_local_run_needs_no_torch_in_the_client() -> None:
         (("run", "job.yaml", "--volume", "models"), "--volume models: write --volume CLAIM=DIR"),
         (("validate", "job.yaml", "--volume", "models"), "--volume models: write --volume CLAIM"),
         (("estimate", "job.yaml", "--device", "H9"), "--device H9: not known; give one of H200"),
+        (("run", ""), "FILE is empty"),
+        (("run", "job.yaml", "--output", ""), "--output is empty: give a path"),
+        (("run", "job.yaml", "--volume", "models="), "--volume models=: write --volume CLAIM=DIR"),
+        (("export", "job.yaml", "--step", "1", "--to", ""), "--to is empty: give a path"),
+        (("report", ""), "OUT is empty: give a path"),
     ],
 )
 def test_a_wrong_command_is_one_line_and_64(
@@ -87,6 +94,28 @@ def test_a_bad_manifest_says_what_and_where(
     assert (done.returncode, done.stdout) == (code, "")
     assert all(line.startswith("error: ") for line in done.stderr.splitlines())
     assert not (place / "volumes" / "results").exists(), "nothing was started"
+
+
+def test_the_command_alone_prints_its_help(cptjob: Cli) -> None:
+    done = cptjob()
+    assert done.stdout == cptjob("--help").stdout
+    assert (done.returncode, done.stderr) == (UsageError.exit_code, "")
+
+
+def test_a_manifest_that_may_not_be_read_is_66(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Root may read everything, so the refusal is made here.
+    monkeypatch.setattr(os, "access", lambda *_, **__: False)
+    monkeypatch.setattr(Path, "read_bytes", _forbidden)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["validate", str(place / "job.yaml")])
+    assert ended.value.code == 66
+    assert capsys.readouterr().err.endswith("job.yaml: cannot be read: Permission denied\n")
+
+
+def _forbidden(_: Path) -> bytes:
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def test_a_missing_manifest_is_66(cptjob: Cli) -> None:
