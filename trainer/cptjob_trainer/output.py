@@ -8,16 +8,13 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 
 from cptjob_trainer import failpoints, model_files, swap
-from cptjob_trainer.checkpoint_folder import scan
-from cptjob_trainer.checkpoint_manifest import faults, read_manifest
 from cptjob_trainer.dcp import StoredTensors
 from cptjob_trainer.disk import FileDigest, file_digest, sync_file, write_json
-from cptjob_trainer.errors import CheckpointError, OutputError
 from cptjob_trainer.result_weights import Weight, base_state, plan, whole
 from cptjob_trainer.safetensors_file import Entry, aligned, write_safetensors
 
@@ -99,33 +96,17 @@ def publish_adapter(
 
 
 def export(
-    checkpoints: Path,
-    step: int,
+    checkpoint: Path,
+    manifest: dict[str, Any],
     base: Path,
     target: Path,
     *,
     lora_scale: float | None = None,
 ) -> Published:
-    """Write the checkpoint of `step` as a Hugging Face directory `target`, which must not exist.
-
-    Raises CheckpointError when there is no such checkpoint, or it is broken, OutputError when
-    `target` exists.
+    """Write a whole checkpoint, whose manifest is given, as a Hugging Face directory `target`,
+    which must not exist. Raises OutputError, StorageFullError.
     """
-    if target.exists():
-        raise OutputError(f"{target} exists; give a folder that does not")
-    if not checkpoints.is_dir():
-        raise CheckpointError(f"there is no checkpoint folder {checkpoints}")
-    stored = sorted(scan(checkpoints).counted, key=lambda each: each.order)
-    found = [checkpoint for checkpoint in stored if checkpoint.step == step]
-    if not found:
-        steps = ", ".join(str(s) for s in sorted({s.step for s in stored})) or "none"
-        raise CheckpointError(f"{checkpoints} has no checkpoint of step {step}; it has: {steps}")
-    path = found[-1].path
-    manifest = read_manifest(path)
-    broken = faults(path, manifest)
-    if broken:
-        raise CheckpointError(f"the checkpoint {path} is broken: {'; '.join(broken)}")
-    state: Mapping[str, torch.Tensor] = StoredTensors(path, manifest, _MODEL_PREFIX)
+    state: Mapping[str, torch.Tensor] = StoredTensors(checkpoint, manifest, _MODEL_PREFIX)
     if lora_scale is not None:
         state = {**base_state(base), **state}
     published = _publish_weights(target, base, state, lora_scale, 0, SHARD_BYTES)
