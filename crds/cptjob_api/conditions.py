@@ -73,8 +73,8 @@ class Reason(_Word):
     )
     WAITING_FOR_CLAIM = (
         "WaitingForClaim",
-        "A volume claim that is named does not exist yet.",
-        "Make the claim in the job's namespace; the job goes on by itself.",
+        "A volume claim that is named does not exist yet, or no volume is bound to it.",
+        "Make the claim in the job's namespace, or its volume; the job goes on by itself.",
     )
     WAITING_FOR_NODE = (
         "WaitingForNode",

@@ -123,6 +123,8 @@ class Claim:
 
     name: str
     access_modes: tuple[str, ...]
+    phase: str = "Bound"
+    storage_class: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +146,7 @@ class Observed:
     #: What was frozen at acceptance, read back from the ConfigMap; None before acceptance.
     profile: Profile | None = None
     config: AcceptedConfig | None = None
-    #: GPUs in use on each node by pods of others; None when the operator may not list pods.
+    #: GPUs in use on each node by pods of others; None when nobody looked, or nobody may.
     used_gpus: Mapping[str, int] | None = None
     nodes: Mapping[str, Node] = field(default_factory=dict)
     #: Volume claims of the job; one that is not in it is missing. None: not looked at.

@@ -161,6 +161,21 @@ def test_claims_that_are_missing_or_not_shared_are_named_and_missing_ones_are_wa
     world.run("two", 2)
 
 
+def test_a_claim_without_a_volume_is_named(
+    world: World, start: Start, nodes: Nodes, core: client.CoreV1Api
+) -> None:
+    nodes.add(1)
+    start().wait_leading()
+    # Of no class: nobody makes a volume for it.
+    resources = {"requests": {"storage": "1Gi"}}
+    spec = {"accessModes": ["ReadWriteMany"], "resources": resources, "storageClassName": ""}
+    body = {"metadata": {"name": "unbound"}, "spec": spec}
+    core.create_namespaced_persistent_volume_claim(world.namespace, body)
+    world.create("job", 1, {"spec.model.storageUri": "pvc://unbound/m"})
+    told = "no volume is bound to volume claim unbound (it has no storage class"
+    world.wait(lambda: world.says("job", "WaitingForClaim", told), "the claim")
+
+
 def test_what_is_done_to_a_job_does_not_count_and_what_it_does_itself_does(
     world: World, start: Start
 ) -> None:

@@ -181,6 +181,24 @@ def test_a_job_waits_for_a_node_that_goes_and_takes_the_one_that_comes(
     assert on(world, "auto") == ["new-0"]
 
 
+def test_a_pool_that_another_job_fills_and_a_device_that_it_does_not_have_are_told(
+    world: World, start: Start, nodes: Nodes
+) -> None:
+    nodes.add(2, prefix="pool")
+    start().wait_leading()
+    world.create("first", 2, WHOLE)
+    world.prepare("first")
+    run_on(world, "first", 2)
+    misspelt = {"spec.trainer.resourcesPerNode": {"limits": {"nvidia.com/gpus": 8}}}
+    world.create("second", 1, WHOLE)
+    world.create("third", 1, misspelt)
+    world.prepare("second", "third")
+    full = ("has room for 0 of 1 workers", "has 0 of 8 nvidia.com/gpu free and 8 are wanted")
+    world.wait(lambda: world.says("second", "Unschedulable", *full), "the full pool")
+    told = "no node of pool pool-a offers nvidia.com/gpus; its nodes offer nvidia.com/gpu"
+    world.wait(lambda: world.says("third", "Unschedulable", told), "the device")
+
+
 def test_workers_of_a_lost_node_are_replaced_while_their_pods_still_hang_there(
     world: World, start: Start, nodes: Nodes, proxy: FaultProxy
 ) -> None:

@@ -5,7 +5,7 @@ import logging
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -27,7 +27,8 @@ from cptjob_operator.edge.api_errors import (
 )
 from cptjob_operator.edge.events import Recorder
 from cptjob_operator.edge.progress import Reports
-from cptjob_operator.identity import JobId, JobKey
+from cptjob_operator.identity import JobId, JobKey, Role
+from cptjob_operator.objects import placement
 from cptjob_operator.observed import Claim, Observed
 from cptjob_operator.profile import Profile
 from cptjob_operator.wanted import Deletion, Event, Wanted
@@ -44,6 +45,8 @@ REFUSED_SECONDS = 14.0
 _FRESH_SECONDS = 14.0
 #: Nodes whose pods are read at once for one job.
 _NODES_AT_ONCE = 4
+#: Of a pool with more nodes that would do, the scheduler's words must be enough.
+_NODES_AT_MOST = 100
 _READ = 4096
 #: Jobs that are kept parsed: several passes of a job often see the same version of it.
 _PARSED = 256
@@ -111,7 +114,7 @@ class Cluster:
         text = self._known.profile_of(entry.id)
         profile = Profile.from_json(text) if text is not None else None
         claims = await self._claims(job, profile)
-        used = await self._used_gpus(job)
+        used = await self._used_gpus(job, self._looked_at(entry.id, job, profile))
         # From here on nothing waits, so that all parts are of one moment.
         pods, vanished = self._known.pods_of(entry.id)
         return job, Observed(
@@ -180,14 +183,25 @@ class Cluster:
         except NotFound:
             return None
 
-    async def _used_gpus(self, job: CPTJob) -> Mapping[str, int] | None:
-        """GPUs that pods of others hold on the nodes that the job names.
-
-        None in namespaced mode, where nobody may look; it takes a new role to change that.
-        """
+    def _looked_at(self, id: JobId, job: CPTJob, profile: Profile | None) -> Collection[str]:
+        """Nodes whose free GPUs are counted: those that the job names before its pods are made;
+        else those that would do, once the scheduler finds none."""
         phase = job.status.phase if job.status else None
-        if job.spec.scheduling.mode != "Manual" or phase in ("Running", "Complete", "Failed"):
-            return None
+        if phase in ("Running", "Complete", "Failed"):
+            return ()
+        if job.spec.scheduling.mode == "Manual":
+            return job.spec.scheduling.node_names
+        pods, _ = self._known.pods_of(id)
+        if profile is None or not any(pod.unschedulable for pod in pods if pod.role is Role.WORKER):
+            return ()
+        fit = placement.fitting(profile, self._known.nodes)
+        return fit if profile.gpus_per_node and len(fit) <= _NODES_AT_MOST else ()
+
+    async def _used_gpus(self, job: CPTJob, names: Collection[str]) -> Mapping[str, int] | None:
+        """GPUs that pods of others hold on these nodes; None where nobody looks.
+
+        In namespaced mode nobody may look; it takes a new role to change that.
+        """
         uid, priority = job.metadata.uid, job.spec.scheduling.priority_class_name
         found: dict[str, int] = {}
 
@@ -200,8 +214,8 @@ class Cluster:
                     self._may_list_pods = False
             return self._may_list_pods
 
-        await _each(job.spec.scheduling.node_names, read, _NODES_AT_ONCE)
-        return found if self._may_list_pods else None
+        await _each(names, read, _NODES_AT_ONCE)
+        return found if names and self._may_list_pods else None
 
     async def _holders(self, node: str) -> list[parse.Holder]:
         found: list[parse.Holder] = []

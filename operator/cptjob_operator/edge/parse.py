@@ -100,11 +100,17 @@ def child(kind: str, body: Mapping[str, Any]) -> Child:
 
 
 def claim(body: Mapping[str, Any]) -> Claim:
-    modes = _map(body, "spec").get("accessModes")
+    spec = _map(body, "spec")
+    modes = spec.get("accessModes")
     known = (
         tuple(each for each in modes if isinstance(each, str)) if isinstance(modes, list) else ()
     )
-    return Claim(name=_text(_map(body, "metadata"), "name"), access_modes=known)
+    return Claim(
+        name=_text(_map(body, "metadata"), "name"),
+        access_modes=known,
+        phase=_text(_map(body, "status"), "phase"),
+        storage_class=_text(spec, "storageClassName"),
+    )
 
 
 def version(body: Mapping[str, Any]) -> int:

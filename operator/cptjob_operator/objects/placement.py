@@ -185,6 +185,25 @@ def check(
     ] or [_too_few_left(len(named) - sound, num_nodes)]
 
 
+def unoffered(profile: Profile, nodes: Mapping[str, Node]) -> list[Problem]:
+    """Devices that workers ask for and no node of the pool has, as when a name is misspelt."""
+    own = [node for node in nodes.values() if _in_pool(profile.placement, node)]
+    offered = {name for node in own for name, count in node.gpus.items() if count}
+    missing = sorted(name for name in profile.worker.limits if "/" in name and name not in offered)
+    if not own or not missing:
+        return []
+    where = f"pool {profile.placement.pool}"
+    there = f"its nodes offer {', '.join(sorted(offered))}" if offered else "its nodes offer none"
+    return [
+        Problem(Reason.WAITING_FOR_POOL, f"no node of {where} offers {', '.join(missing)}; {there}")
+    ]
+
+
+def fitting(profile: Profile, nodes: Mapping[str, Node]) -> list[str]:
+    """Nodes that would do for a worker if nobody else used their GPUs."""
+    return [name for name, node in nodes.items() if not _faults(profile, node, None)]
+
+
 def affordable(
     profile: Profile, num_nodes: int, nodes: Mapping[str, Node], excluded: Iterable[str]
 ) -> tuple[str, ...]:
@@ -245,7 +264,10 @@ def _check_pool(
     if room >= num_nodes:
         return []
     why = "; ".join(f"{_some(names)}: {fault}" for fault, names in unfit.items())
-    message = f"{where} has room for {room} of {num_nodes} workers" + (f"; {why}" if why else "")
+    message = f"{where} has room for {room} of {num_nodes} workers"
+    if used_gpus is None and profile.gpus_per_node:
+        message += " while nothing else uses its GPUs"
+    message += f"; {why}" if why else ""
     return [Problem(Reason.WAITING_FOR_POOL, message)]
 
 

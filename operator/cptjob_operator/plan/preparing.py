@@ -126,7 +126,7 @@ def preparation(look: Look) -> Wanted | None:
     if gang.active_workers:
         return None  # workers wait for a new coordinator in their rendezvous
     phase, reason = _on_the_way(look)
-    found = waiting.obstacle([pod])
+    found = waiting.obstacle([pod], look.observed.claims)
     if found is not None:
         phase = phase if look.ran else Phase.PENDING
         return look.wait(phase, found.reason, found.message, LOOK_AGAIN_SECONDS)

@@ -73,7 +73,7 @@ def giving_back(look: Look) -> Wanted | None:
 def _give_back(look: Look, pod: str, why: str) -> Wanted:
     """All workers go. `why` is told where nothing that is seen explains it better."""
     gang = look.gang
-    found = waiting.obstacle(_late(gang))
+    found = waiting.obstacle(_late(gang), look.observed.claims)
     if gang.missing:
         found = waiting.refusal(look.observed.refused) or found
     message = f"not all workers started in time: {found.message if found else why}"
@@ -186,7 +186,7 @@ def start_due(look: Look) -> datetime | None:
         return None
     if not late and look.status.last_failure is not None:
         made.append(look.status.last_failure.time)  # since then one is missing
-    found = waiting.obstacle(late)
+    found = waiting.obstacle(late, look.observed.claims)
     seconds = look.spec.startup_deadline_seconds
     if found is not None and found.reason in waiting.BROKEN:
         seconds = min(seconds, look.settings.timing.broken_start_seconds)

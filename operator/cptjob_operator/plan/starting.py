@@ -91,7 +91,7 @@ def _before_running(look: Look) -> Phase:
 
 def _starting_status(look: Look, phase: Phase, late: list[Pod]) -> CPTJobStatus:
     refused = waiting.refusal(look.observed.refused)
-    found = waiting.obstacle(late)
+    found = waiting.obstacle(late, look.observed.claims)
     if refused is not None and look.gang.missing:
         reason, message = refused.reason, refused.message
     elif found is not None:
@@ -116,8 +116,9 @@ def _starting_status(look: Look, phase: Phase, late: list[Pod]) -> CPTJobStatus:
 def _explain(look: Look, message: str) -> str:
     """What the scheduler says, what the pool has, and which of its nodes are not wanted."""
     hard = look.avoided[1]
-    problems = placement.check(
-        look.profile, look.gang.size, look.observed.nodes, look.observed.used_gpus, excluded=hard
+    nodes = look.observed.nodes
+    problems = placement.unoffered(look.profile, nodes) + placement.check(
+        look.profile, look.gang.size, nodes, look.observed.used_gpus, excluded=hard
     )
     said = [message, *(each.message for each in problems)]
     if hard and not problems:

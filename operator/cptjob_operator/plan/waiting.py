@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from cptjob_api.conditions import Reason
-from cptjob_operator.observed import Pod
+from cptjob_operator.observed import Claim, Pod
 
 #: Obstacles that time does not remove: somebody must mend an image, a secret or a volume.
 BROKEN = (
@@ -36,6 +36,12 @@ _WHOSE = re.compile(r"^\S+: ")
 _CLAIM = re.compile(r'persistentvolumeclaim "([^"]+)" (?:not found|is being deleted)')
 
 
+_UNBOUND = "unbound immediate PersistentVolumeClaims"
+
+#: Of the job, by name; None when nobody looked at them.
+Claims = Mapping[str, Claim] | None
+
+
 @dataclass(frozen=True, slots=True)
 class Obstacle:
     """Why a pod does not run."""
@@ -44,13 +50,13 @@ class Obstacle:
     message: str
 
 
-def _gated(pod: Pod) -> Obstacle | None:
+def _gated(pod: Pod, _: Claims) -> Obstacle | None:
     if not pod.gated:
         return None
     return Obstacle(Reason.QUEUED, "a queue holds the workers back; see its Workload object")
 
 
-def _image(pod: Pod) -> Obstacle | None:
+def _image(pod: Pod, _: Claims) -> Obstacle | None:
     if pod.waiting is None or pod.waiting.reason not in _IMAGE:
         return None
     return Obstacle(
@@ -60,7 +66,7 @@ def _image(pod: Pod) -> Obstacle | None:
     )
 
 
-def _config(pod: Pod) -> Obstacle | None:
+def _config(pod: Pod, _: Claims) -> Obstacle | None:
     if pod.waiting is None or pod.waiting.reason not in _CONFIG:
         return None
     secret = _SECRET.search(pod.waiting.message)
@@ -75,13 +81,13 @@ def _config(pod: Pod) -> Obstacle | None:
     )
 
 
-def _mount(pod: Pod) -> Obstacle | None:
+def _mount(pod: Pod, _: Claims) -> Obstacle | None:
     if pod.waiting is None or pod.waiting.reason != "FailedMount":
         return None
     return Obstacle(Reason.MOUNT_FAILED, f"{pod.name}: {pod.waiting.message}")
 
 
-def _claim(pod: Pod) -> Obstacle | None:
+def _claim(pod: Pod, _: Claims) -> Obstacle | None:
     missing = _CLAIM.search(pod.unschedulable or "")
     if not missing:
         return None
@@ -92,14 +98,38 @@ def _claim(pod: Pod) -> Obstacle | None:
     )
 
 
-def _unschedulable(pod: Pod) -> Obstacle | None:
+def _unbound(pod: Pod, claims: Claims) -> Obstacle | None:
+    if _UNBOUND not in (pod.unschedulable or ""):
+        return None
+    unbound = [each for _, each in sorted((claims or {}).items()) if each.phase != "Bound"]
+    if not unbound:
+        return None
+    names = " ".join(each.name for each in unbound)
+    what = " and ".join(f"{each.name} ({_state(each)})" for each in unbound)
+    return Obstacle(
+        Reason.WAITING_FOR_CLAIM,
+        f"no volume is bound to volume claim {what}; kubectl describe pvc {names} -n "
+        f"{pod.namespace} says why, and the job goes on once it is bound",
+    )
+
+
+def _state(claim: Claim) -> str:
+    if claim.phase == "Lost":
+        return "its volume is lost"
+    if claim.storage_class:
+        return f"storage class {claim.storage_class}"
+    return "it has no storage class, so somebody has to make a volume for it"
+
+
+def _unschedulable(pod: Pod, _: Claims) -> Obstacle | None:
     if pod.unschedulable is None:
         return None
     return Obstacle(Reason.UNSCHEDULABLE, f"{pod.name}: {pod.unschedulable}")
 
 
-RULES: tuple[Callable[[Pod], Obstacle | None], ...] = (
+RULES: tuple[Callable[[Pod, Claims], Obstacle | None], ...] = (
     _claim,
+    _unbound,
     _image,
     _config,
     _mount,
@@ -108,7 +138,7 @@ RULES: tuple[Callable[[Pod], Obstacle | None], ...] = (
 )
 
 
-def obstacle(pods: Iterable[Pod]) -> Obstacle | None:
+def obstacle(pods: Iterable[Pod], claims: Claims) -> Obstacle | None:
     """The plainest obstacle among pods that do not run; None when they are just on their way.
 
     Of pods with the same kind of obstacle it is always the same one that speaks.
@@ -116,7 +146,7 @@ def obstacle(pods: Iterable[Pod]) -> Obstacle | None:
     waiting = sorted((pod for pod in pods if pod.active and not pod.ready), key=lambda pod: pod.id)
     for rule in RULES:
         for pod in waiting:
-            found = rule(pod)
+            found = rule(pod, claims)
             if found is not None:
                 return found
     return None

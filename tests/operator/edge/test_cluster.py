@@ -13,9 +13,11 @@ from cptjob_operator.edge.cluster import Cluster
 from cptjob_operator.edge.events import Recorder
 from cptjob_operator.edge.progress import Reports
 from cptjob_operator.identity import JobKey
+from cptjob_operator.settings import parse
 from cptjob_operator.wanted import Wanted
 from job_cases import sound_job
 
+GPU, POOL = "nvidia.com/gpu", "training.cptjob.io/pool"
 UID = "3f0c8a52-7d1e-4a57-9d0a-6c1d2b3e4f50"
 Test = Callable[[Callable[[Any], Awaitable[None]]], None]
 
@@ -135,5 +137,49 @@ def test_named_nodes_are_read_some_at_once_and_none_when_that_is_forbidden(
         server.requests.clear()
         assert await _used(server, _manual_job(names)) is None
         assert len(server.requests) <= 8
+
+    with_server(test)
+
+
+def test_in_a_pool_gpus_are_counted_once_the_scheduler_finds_no_node(
+    with_server: Test, pod_body: Any, accepted: Any
+) -> None:
+    """Of the nodes that would do: nobody reads the pods of others."""
+    asked = {"spec.trainer.resourcesPerNode": {"limits": {GPU: 8}}}
+    profile = accepted(asked, parse("pools: {a100: {}}")).profile.model_dump_json()
+    ready = {"conditions": [{"type": "Ready", "status": "True"}], "allocatable": {GPU: "8"}}
+
+    def node(name: str, pool: str) -> dict[str, Any]:
+        about = {"name": name, "labels": {POOL: pool}, "resourceVersion": "1"}
+        return {"metadata": about, "spec": {}, "status": ready}
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        stranger = _with_gpus({"metadata": {"name": "notebook"}, "status": {}}, 3)
+        return web.json_response({"items": [stranger]})
+
+    async def used(server: Any, pod: dict[str, Any]) -> Any:
+        cluster = _cluster(server)
+        job = _manual_job(["any"], uid=UID)
+        job["spec"]["scheduling"] = {"pool": "a100"}
+        cluster._known.put_job(job)
+        cluster._known.put_node(node("one", "a100"))
+        cluster._known.put_node(node("two", "a100"))
+        cluster._known.put_node(node("other", "t4"))
+        cluster._known.put_pod(pod)
+        entry = cluster._known.jobs[JobKey("team", "job")]
+        cluster._known._profiles[entry.id] = profile
+        looked = await cluster.observe(JobKey("team", "job"))
+        await cluster._api.close()
+        assert looked is not None
+        return looked[1].used_gpus
+
+    async def test(server: Any) -> None:
+        server.answer = answer
+        pending = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable"}
+        waits = pod_body(1, 0, "Pending", conditions=[pending | {"message": "no node"}])
+        assert await used(server, waits) == {"one": 3, "two": 3}
+        listed = server.requests.count(("GET", "/api/v1/pods"))
+        assert await used(server, pod_body(1, 0, "Pending")) is None
+        assert listed == server.requests.count(("GET", "/api/v1/pods")) == 2
 
     with_server(test)

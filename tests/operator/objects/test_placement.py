@@ -1,6 +1,7 @@
 """Where workers may go, and why they cannot: every node by its name and fault."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -132,8 +133,8 @@ def test_a_pool_with_too_few_nodes_says_how_many_fit_and_why_the_others_do_not(
     )
     (problem,) = check(auto, 3, there, None)
     assert problem.message == (
-        "pool gold has room for 1 of 3 workers; b, c: is cordoned; "
-        "d: has 2 nvidia.com/gpu and 4 are wanted"
+        "pool gold has room for 1 of 3 workers while nothing else uses its GPUs; "
+        "b, c: is cordoned; d: has 2 nvidia.com/gpu and 4 are wanted"
     )
 
 
@@ -146,6 +147,31 @@ def test_a_node_takes_as_many_workers_as_it_has_gpus_free(auto: Profile) -> None
 def test_nodes_that_are_avoided_do_not_count(auto: Profile) -> None:
     (problem,) = check(auto, 1, nodes(node("a")), None, excluded={"a"})
     assert "a: is avoided because pods failed there" in problem.message
+
+
+def test_a_pool_that_others_fill_has_no_room(auto: Profile) -> None:
+    (problem,) = check(auto, 2, nodes(node("a"), node("b")), {"a": 8, "b": 6})
+    assert problem.message == (
+        "pool gold has room for 0 of 2 workers; a: has 0 of 8 nvidia.com/gpu free and 4 are "
+        "wanted; b: has 2 of 8 nvidia.com/gpu free and 4 are wanted"
+    )
+
+
+def test_a_device_that_no_node_of_the_pool_has_is_told_with_those_that_there_are(
+    accepted: Accept,
+) -> None:
+    limits = {"nvidia.com/gpus": 4, "rdma/hca": 1, "memory": "1Gi", "hugepages-2Mi": "4Mi"}
+    profile = accepted({"spec.trainer.resourcesPerNode": {"limits": limits}}, PLATFORM).profile
+    there = nodes(node("a"), replace(node("b", labels={}), gpus={"nvidia.com/gpus": 8}))
+    (problem,) = placement.unoffered(profile, there)
+    assert problem.message == (
+        "no node of pool gold offers nvidia.com/gpus, rdma/hca; its nodes offer nvidia.com/gpu"
+    )
+    (problem,) = placement.unoffered(profile, nodes(node("a", gpus=0)))
+    assert problem.message.endswith("; its nodes offer none")
+    whole = replace(node("a"), gpus={"nvidia.com/gpus": 8, "rdma/hca": 1})
+    assert placement.unoffered(profile, nodes(whole)) == []
+    assert placement.unoffered(profile, {}) == [], "that there are no nodes is told already"
 
 
 def test_of_many_nodes_a_few_are_named(auto: Profile) -> None:

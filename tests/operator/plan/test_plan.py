@@ -692,6 +692,27 @@ class TestClaims:
         job.claims["results"] = Claim("results", shared)
         job.train()
 
+    def test_claims_that_have_no_volume_are_named(self, world: MakeWorld) -> None:
+        job = world()
+        shared = ("ReadWriteMany",)
+        slow = Claim("models", shared, "Pending", "slow")
+        job.claims = {"models": slow, "data": Claim("data", shared), "results": slow}
+        job.claims["results"] = Claim("results", shared, "Pending")
+        job.settle()
+        words = "0/9 nodes are available: pod has unbound immediate PersistentVolumeClaims. no"
+        job.change(job.pod(Role.COORDINATOR), unschedulable=words)
+        job.settle()
+        assert job.condition(Condition.READY) == ("False", "WaitingForClaim")
+        assert job.status.condition(Condition.READY).message == (
+            "no volume is bound to volume claim models (storage class slow) and results (it has no "
+            "storage class, so somebody has to make a volume for it); kubectl describe pvc models "
+            "results -n team says why, and the job goes on once it is bound"
+        )
+        job.claims = dict.fromkeys(job.claims, Claim("data", shared))
+        job.settle()
+        # They were bound just now, and the scheduler has not looked again.
+        assert job.condition(Condition.READY) == ("False", "Unschedulable")
+
 
 # --- a worker and its coordinator that share a node ---
 
