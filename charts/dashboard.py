@@ -94,7 +94,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel(
             "Age of the stalest watch",
-            {"{{pod}}": "max by (pod) (cptjob_watch_age_seconds)"},
+            {"{{pod}} {{kind}}": "max by (pod, kind) (cptjob_watch_age_seconds)"},
             "s",
         ),
         Panel("Leader", {"{{pod}}": "max by (pod) (cptjob_leader)"}),

@@ -14,7 +14,7 @@ from cptjob_trainer import progress
 def of_an_operator() -> list[Metric]:
     """Every figure of an operator, with a sample each."""
     metrics = Metrics()
-    metrics.registry.register(State(Cache(), Queue(), lambda: True, lambda: 0.0))
+    metrics.registry.register(State(Cache(), Queue(), lambda: True, lambda: {"Pod": 0.0}))
     metrics.called("get", "Pod", "200", 0.1)
     metrics.passes.labels("changed").observe(0.1)
     metrics.restarts.labels("cause").inc()

@@ -93,8 +93,8 @@ def registry(cache: Cache, login: Login, freshness: Freshness) -> kopf.OperatorR
 
     @kopf.on.event(GROUP, VERSION, PLURAL, registry=found)
     async def on_job(event: Any, **_: Any) -> None:
-        freshness.heard(JOB)
         body = event["object"]
+        freshness.heard(JOB, body["metadata"]["namespace"])
         if event["type"] == "DELETED":
             about = body["metadata"]
             cache.drop_job(JobKey(about["namespace"], about["name"]), about["uid"])
@@ -103,11 +103,12 @@ def registry(cache: Cache, login: Login, freshness: Freshness) -> kopf.OperatorR
 
     @kopf.on.event("", "v1", "pods", registry=found)
     async def on_pod(event: Any, **_: Any) -> None:
-        freshness.heard(POD)
+        body = event["object"]
+        freshness.heard(POD, body["metadata"]["namespace"])
         if event["type"] == "DELETED":
-            cache.drop_pod(event["object"])
+            cache.drop_pod(body)
         else:
-            cache.put_pod(event["object"])
+            cache.put_pod(body)
 
     @kopf.on.event("", "v1", "nodes", registry=found)
     async def on_node(event: Any, **_: Any) -> None:

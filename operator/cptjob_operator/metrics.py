@@ -1,7 +1,7 @@
 """Figures about the operator and its jobs, for Prometheus."""
 
 from collections import Counter as Tally
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import (
     CollectorRegistry,
@@ -87,9 +87,13 @@ class State(Collector):
     """What is so at the moment that Prometheus asks."""
 
     def __init__(
-        self, cache: Cache, queue: Queue, leads: Callable[[], bool], watch_age: Callable[[], float]
+        self,
+        cache: Cache,
+        queue: Queue,
+        leads: Callable[[], bool],
+        watch_ages: Callable[[], Mapping[str, float]],
     ) -> None:
-        self._cache, self._queue, self._leads, self._watch_age = cache, queue, leads, watch_age
+        self._cache, self._queue, self._leads, self._watch_ages = cache, queue, leads, watch_ages
 
     def collect(self) -> Iterable[Metric]:
         phases = Tally(job.phase for job in self._cache.jobs.values())
@@ -106,9 +110,14 @@ class State(Collector):
         yield _gauge("queue_age_seconds", "Longest wait of a job for its pass.", age)
         yield _gauge("passes_active", "Passes under way.", self._queue.active)
         yield _gauge("leader", "1 on the operator that acts.", float(leads))
-        yield _gauge(
-            "watch_age_seconds", "Time since the stalest watch was heard of.", self._watch_age()
+        ages = GaugeMetricFamily(
+            "cptjob_watch_age_seconds",
+            "Time since the stalest watch of a kind was heard of.",
+            labels=["kind"],
         )
+        for kind, seconds in self._watch_ages().items():
+            ages.add_metric([kind], seconds)
+        yield ages
 
 
 def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:

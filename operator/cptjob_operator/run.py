@@ -85,9 +85,9 @@ class Operator:
         self.lister = Lister(
             self.api, self.cache, settings.watched_namespaces, settings.timing.resync_seconds
         )
-        self.freshness = Freshness(_WATCHED, self.lister.soon)
+        self.freshness = Freshness(_WATCHED, settings.watched_namespaces, self.lister.soon)
         self.metrics.registry.register(
-            State(self.cache, self.queue, self.leader.leads, self.freshness.age)
+            State(self.cache, self.queue, self.leader.leads, self.freshness.ages)
         )
 
     async def run(self) -> None:

@@ -124,7 +124,9 @@ def operator(pod: str, leads: int, failed: str = "3x180", **more: str) -> list[S
     passes = "cptjob_reconcile_duration_seconds_count"
     return [
         series("cptjob_leader", f"{leads}x180", pod),
-        series("cptjob_watch_age_seconds", more.get("watch", "0+60x4 0+60x4 0x180"), pod),
+        series(
+            "cptjob_watch_age_seconds", more.get("watch", "0+60x4 0+60x4 0x180"), pod, kind="Pod"
+        ),
         series(passes, "0+60x180", pod, outcome="unchanged"),
         series(passes, more.get("errors", "0+1x180"), pod, outcome="error"),
         series("cptjob_jobs", failed, pod, phase="Failed"),

@@ -11,7 +11,7 @@ def _figures(leads: bool) -> dict[str, float]:
     queue = Queue(clock=lambda: now)
     queue.add(JobKey("team", "job"))
     now = 3600.0
-    state = State(Cache(), queue, lambda: leads, lambda: 0.0)
+    state = State(Cache(), queue, lambda: leads, dict)
     return {each.name: each.value for metric in state.collect() for each in metric.samples}
 
 

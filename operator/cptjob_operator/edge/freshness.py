@@ -5,7 +5,7 @@ watch of which nothing was heard for longer than that is dead, and with it what 
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 
 import aiohttp
@@ -14,7 +14,7 @@ from cptjob_operator.edge.kinds import Kind
 
 
 class Freshness:
-    """Of the watches of `kinds`.
+    """Of the watches of `kinds`: one for each of `namespaces`, or where none are given one for all.
 
     missed: is told when objects may have gone unseen, so that everything must be listed.
     """
@@ -22,24 +22,40 @@ class Freshness:
     def __init__(
         self,
         kinds: tuple[Kind, ...],
+        namespaces: tuple[str, ...] = (),
         missed: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._missed, self._clock = missed, clock
-        self._heard = {kind.plural: clock() for kind in kinds}
+        # By path: a watch that goes on in one namespace says nothing of another's.
+        self._kinds = {
+            kind.path(namespace): kind
+            for kind in kinds
+            for namespace in (namespaces if kind.namespaced and namespaces else (None,))
+        }
+        self._heard = dict.fromkeys(self._kinds, clock())
         self._watched: set[str] = set()
 
-    def heard(self, kind: Kind) -> None:
+    def heard(self, kind: Kind, namespace: str | None = None) -> None:
         """An event of that kind came."""
-        self._heard[kind.plural] = self._clock()
+        path = kind.path(namespace)
+        self._heard[path if path in self._heard else kind.path()] = self._clock()
 
     def age(self) -> float:
         """Seconds since the stalest watch was heard of."""
-        return self._clock() - min(self._heard.values())
+        return max(self.ages().values())
+
+    def ages(self) -> Mapping[str, float]:
+        """Seconds since the stalest watch of each kind was heard of."""
+        now, found = self._clock(), dict[str, float]()
+        for path, heard in self._heard.items():
+            name = self._kinds[path].name
+            found[name] = max(found.get(name, 0.0), now - heard)
+        return found
 
     @property
     def begun(self) -> bool:
-        """Every kind is being watched."""
+        """Everything is being watched."""
         return self._watched >= self._heard.keys()
 
     def trace(self) -> aiohttp.TraceConfig:
@@ -55,18 +71,19 @@ class Freshness:
         params: aiohttp.TraceRequestEndParams,
     ) -> None:
         """An answer has begun: for a watch that is its start, for a list all of it is near."""
-        plural = params.url.path.rsplit("/", 1)[-1]
-        if params.method.upper() != "GET" or plural not in self._heard:
+        if params.method.upper() != "GET" or params.response.status != 200:
             return
-        if params.response.status != 200:
+        # The server's own address may have a path in front.
+        path = next((each for each in self._heard if params.url.path.endswith(each)), None)
+        if path is None:
             return
-        self._heard[plural] = self._clock()
+        self._heard[path] = self._clock()
         if params.url.query.get("watch") == "true":
             before = self.begun
-            self._watched.add(plural)
+            self._watched.add(path)
             if self.begun and not before:
                 # What went since the list at the start, and before kopf's own, is in no event.
                 self._missed()
-        elif plural in self._watched and "continue" not in params.url.query:
+        elif path in self._watched and "continue" not in params.url.query:
             # Objects that went in the gap are in no event: kopf does not tell of them.
             self._missed()

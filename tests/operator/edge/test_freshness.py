@@ -15,9 +15,9 @@ SERVER = "https://api.invalid/api/v1"
 class _Watches:
     """A `Freshness` of pods and nodes, and how often it told of a gap."""
 
-    def __init__(self) -> None:
-        self.gaps = 0
-        self.freshness = Freshness((POD, NODE), missed=self._missed)
+    def __init__(self, *namespaces: str) -> None:
+        self.gaps, self.now = 0, 0.0
+        self.freshness = Freshness((POD, NODE), namespaces, self._missed, lambda: self.now)
         self._trace = self.freshness.trace()
 
     def _missed(self) -> None:
@@ -63,3 +63,25 @@ def test_a_list_in_place_of_a_watch_missed_what_went_meanwhile() -> None:
     watches.ask("pods", "limit=200")
     watches.ask("pods", "limit=200&continue=more")
     assert watches.gaps == 2, "its further pages are the same list"
+
+
+def test_a_watch_that_is_silent_in_one_namespace_is_stale_whatever_is_heard_of_others() -> None:
+    watches = _Watches("one", "two")
+    for path in ("namespaces/one/pods", "nodes"):
+        watches.ask(path, "watch=true")
+    assert not watches.freshness.begun
+    watches.ask("namespaces/two/pods", "watch=true")
+    assert watches.freshness.begun
+    watches.now = 100.0
+    watches.ask("namespaces/one/pods", "watch=true")
+    watches.freshness.heard(NODE)
+    assert watches.freshness.ages() == {"Pod": 100.0, "Node": 0.0}
+    watches.freshness.heard(POD, "two")
+    assert watches.freshness.age() == 0.0
+
+
+def test_an_event_of_any_namespace_is_heard_where_all_are_watched_together() -> None:
+    watches = _Watches()
+    watches.now = 50.0
+    watches.freshness.heard(POD, "any")
+    assert watches.freshness.ages() == {"Pod": 0.0, "Node": 50.0}
