@@ -4,6 +4,7 @@ An error is one clear line on stderr; exit codes are those of cptjob_trainer.err
 import is imported by the command that needs it.
 """
 
+import contextlib
 import os
 import shlex
 import subprocess
@@ -19,6 +20,7 @@ from cptjob_trainer.errors import CPTJobError, MissingInputError, UsageError
 
 if TYPE_CHECKING:
     from cptjob.jobs import LocalJob
+    from cptjob_trainer.config import TrainerConfig
 
 Command = Callable[..., Any]
 
@@ -179,7 +181,19 @@ def validate(
         click.echo(f"{file}: {job.metadata.name} is a valid CPTJob")
         return 0
     loaded = _load(file, output or Path("unused"), volumes, processes)
-    return _run_module("prepare", loaded, "--check-only")
+    code = _run_module("prepare", loaded, "--check-only")
+    if code == 0:
+        _warn_by_estimate(loaded.config)
+    return code
+
+
+def _warn_by_estimate(config: "TrainerConfig") -> None:
+    """The steps are known after prepare only; where they can be estimated, that will do."""
+    from cptjob import estimate as estimates
+
+    with contextlib.suppress(CPTJobError):
+        for warning in estimates.warnings(config, estimates.estimate(config)):
+            click.echo(f"warning: {warning}", err=True)
 
 
 @cli.command()
@@ -216,9 +230,13 @@ def estimate(
     """Say how many steps and tokens the job in FILE has, and the memory and time it needs."""
     from cptjob import estimate as estimates
 
-    config = _load(file, output or Path("unused"), volumes, processes).config
-    answer = estimates.estimate(config, tokens_per_second=tokens_per_second, device=device, mfu=mfu)
-    click.echo(estimates.render(config, answer, device))
+    job = _load(file, output or Path("unused"), volumes, processes)
+    answer = estimates.estimate(
+        job.config, tokens_per_second=tokens_per_second, device=device, mfu=mfu
+    )
+    click.echo(estimates.render(job.config, answer, device, on_gpus=job.on_gpus))
+    for warning in estimates.warnings(job.config, answer):
+        click.echo(f"warning: {warning}", err=True)
 
 
 @cli.command()

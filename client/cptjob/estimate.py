@@ -13,11 +13,12 @@ from typing import Any
 
 from cptjob.live import duration, si
 from cptjob_api.facts import ModelFacts
-from cptjob_trainer import devices, model_config, request, shares
+from cptjob_trainer import advice, devices, model_config, request, shares
 from cptjob_trainer.config import DatasetInput, TrainerConfig
 from cptjob_trainer.devices import DEVICES, Demand, Device, Memory
 from cptjob_trainer.errors import DataError, MissingInputError, UsageError
 from cptjob_trainer.shares import Share
+from cptjob_trainer.words import counted
 
 # A token has log2(vocabulary) bits, and of English text they stand for about two bits a byte: 2.75
 # bytes under 2k tokens and 4.25 under 128k. Other languages have less.
@@ -79,7 +80,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The whole answer. Hours and GPU-hours are None when no speed is known."""
+    """The whole answer. Hours are None when no speed is known."""
 
     shape: Shape
     rows: Rows
@@ -95,7 +96,7 @@ class Estimate:
         return self.tokens / self.speed.tokens_per_second / 3600 if self.speed else None
 
     @property
-    def gpu_hours(self) -> float | None:
+    def device_hours(self) -> float | None:
         return None if self.hours is None else self.hours * self.devices
 
 
@@ -267,22 +268,30 @@ def _measured(path: Path) -> float | None:
 # --- words ----------------------------------------------------------------------------------------
 
 
-def render(config: TrainerConfig, answer: Estimate, device: str | None) -> str:
-    """The estimate for a person."""
+def warnings(config: TrainerConfig, answer: Estimate) -> list[str]:
+    """What the estimated steps already tell of the job."""
+    return advice.long_warmup(config.training.schedule.warmup_steps, answer.steps)
+
+
+def render(
+    config: TrainerConfig, answer: Estimate, device: str | None, *, on_gpus: bool = False
+) -> str:
+    """The estimate for a person. `on_gpus`: the job asks for GPUs, whatever --device says."""
     training = config.training
-    counted = "counted in the prepared data"
+    known = "counted in the prepared data"
     rule = f"{answer.shape.bytes_per_token:.3g} bytes a token"
+    layers = counted(answer.shape.layers, "layer")
     guessed = f"estimated from the size of the files at {rule}; `cptjob prepare` counts them"
     lines = [
-        ("model", f"{si(answer.shape.parameters)} parameters, {answer.shape.layers} layers"),
+        ("model", f"{si(answer.shape.parameters)} parameters, {layers}"),
         ("steps", f"{answer.steps:,}, each {training.global_batch_size} x {training.max_length}"),
         (
             "tokens",
-            f"{answer.tokens:,}, {counted if answer.rows.tokens_are_counted else guessed}",
+            f"{answer.tokens:,}, {known if answer.rows.tokens_are_counted else guessed}",
         ),
         ("devices", f"{answer.devices}"),
         *_memory_lines(config, answer, device),
-        *_time_lines(answer),
+        *_time_lines(answer, on_gpus=on_gpus or device is not None),
     ]
     return "\n".join(f"{name:<18}{text}" for name, text in lines)
 
@@ -322,13 +331,16 @@ def _size(size: int) -> str:
     return f"{value:.3g} {unit}"
 
 
-def _time_lines(answer: Estimate) -> list[tuple[str, str]]:
-    if answer.speed is None or answer.hours is None or answer.gpu_hours is None:
+def _time_lines(answer: Estimate, *, on_gpus: bool) -> list[tuple[str, str]]:
+    if answer.speed is None or answer.hours is None or answer.device_hours is None:
         return [("time", "not known; give --tokens-per-second N or --device NAME")]
     return [
         ("speed", f"{si(answer.speed.tokens_per_second)} tokens/s, by {answer.speed.source}"),
         ("time", _time(answer.hours * 3600)),
-        ("GPU-hours", f"{_hours(answer.gpu_hours)} ({answer.devices} devices)"),
+        (
+            "GPU-hours" if on_gpus else "device-hours",
+            f"{_hours(answer.device_hours)} ({counted(answer.devices, 'device')})",
+        ),
     ]
 
 

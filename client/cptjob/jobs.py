@@ -11,7 +11,7 @@ from cptjob_api.facts import ModelFacts
 from cptjob_api.fields import instances, parts, show
 from cptjob_api.job import CPTJob
 from cptjob_api.manifest import Manifest, load_manifest
-from cptjob_api.resolve import Resolved, resolve, trainer_config
+from cptjob_api.resolve import JobDefaults, Resolved, gpus, resolve, trainer_config
 from cptjob_api.spec import CPTJobSpec, Model
 from cptjob_api.unsupported import unsupported
 from cptjob_trainer.config import Processes, TrainerConfig
@@ -31,6 +31,12 @@ class LocalJob:
     def environment(self) -> dict[str, str]:
         """What the manifest adds to the environment of the processes."""
         return {variable.name: variable.value for variable in self.job.spec.trainer.env}
+
+    @property
+    def on_gpus(self) -> bool:
+        """Whether the manifest asks for GPUs."""
+        defaults = JobDefaults()
+        return gpus(self.job, defaults.gpu_resource, defaults.instance_gpus) > 0
 
 
 def read(path: Path) -> tuple[Manifest, CPTJob]:

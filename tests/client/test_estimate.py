@@ -115,7 +115,23 @@ def test_what_fits_is_said_as_the_trainer_would_do_it(
 def test_time_from_a_given_speed(place: Path) -> None:
     answer = estimate(_config(place, processes=2), tokens_per_second=10.0)
     assert answer.hours == pytest.approx(400 / 3600)
-    assert answer.gpu_hours == pytest.approx(800 / 3600)
+    assert answer.device_hours == pytest.approx(800 / 3600)
+
+
+def test_hours_are_of_gpus_only_where_there_are_some(cptjob: Cli, place: Path) -> None:
+    speed = ("--tokens-per-second", "1")
+    assert "\ndevice-hours      1.11 (1 device)\n" in cptjob("estimate", "job.yaml", *speed).stdout
+    assert "\nGPU-hours " in cptjob("estimate", "job.yaml", "--device", "H100").stdout
+    with (place / "job.yaml").open("a") as file:
+        file.write("  trainer: {resourcesPerNode: {limits: {nvidia.com/gpu: 2}}}\n")
+    assert "\nGPU-hours         2.22 (2 devices)\n" in cptjob("estimate", "job.yaml", *speed).stdout
+
+
+def test_a_warm_up_that_is_longer_than_the_job_is_told(cptjob: Cli, place: Path) -> None:
+    _change(place, "    epochs: 2", "    epochs: 2\n    schedule: {warmupSteps: 500}")
+    done = cptjob("estimate", "job.yaml")
+    assert done.returncode == 0
+    assert "warning: training.schedule.warmupSteps: 500 is more than the job's 20 st" in done.stderr
 
 
 def test_time_from_a_device(place: Path) -> None:
@@ -138,7 +154,7 @@ def test_time_from_an_earlier_run(place: Path) -> None:
 
 def test_without_a_speed_there_is_no_time(place: Path) -> None:
     answer: Estimate = estimate(_config(place))
-    assert (answer.speed, answer.hours, answer.gpu_hours) == (None, None, None)
+    assert (answer.speed, answer.hours, answer.device_hours) == (None, None, None)
 
 
 def test_data_that_was_prepared_under_the_same_names_is_not_taken_for_this_job(place: Path) -> None:

@@ -154,7 +154,7 @@ def test_bad_lines_are_tolerated_up_to_max_bad_lines(
     assert prepared.bad_line_count == 2
     assert [fault.line for fault in prepared.bad_lines] == [2, 4]
     assert "data: 2 bad lines were skipped" in prepared.warnings
-    with pytest.raises(DataError, match=r"2 faults \(1 bad lines are allowed\)"):
+    with pytest.raises(DataError, match=r"2 faults \(1 bad line is allowed\)"):
         prepare(job(path, data=Data(max_bad_lines=1)), packs=lambda _: True)
 
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from cptjob_trainer.config import TrainerConfig
-from cptjob_trainer.prepare import main
+from cptjob_trainer.prepare import main, prepare
 
 Job = Callable[..., TrainerConfig]
 
@@ -64,6 +64,19 @@ def test_the_command_prepares_checks_and_exits_with_the_fault_code(
     make.lines(path, ["[]"])
     assert main(arguments) == 65
     assert "data.jsonl:1: is a list" in capsys.readouterr().err
+
+
+def test_a_warm_up_is_compared_with_the_steps_also_of_data_that_was_prepared_before(
+    tmp_path: Path, make: SimpleNamespace, job: Job
+) -> None:
+    config = job(make.texts(tmp_path / "data.jsonl", make.sentences(50)))
+    steps = prepare(config, packs=make.packs).total_steps
+    for warmup in (steps, steps + 1):
+        schedule = config.training.schedule.model_copy(update={"warmup_steps": warmup})
+        training = config.training.model_copy(update={"schedule": schedule})
+        again = prepare(config.model_copy(update={"training": training}), packs=make.packs)
+        told = [warning for warning in again.warnings if "warmupSteps" in warning]
+        assert len(told) == (warmup > steps)
 
 
 def test_the_data_part_starts_without_torch() -> None:

@@ -6,6 +6,8 @@ Each rule gives one sentence or none. Standard library only.
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from cptjob_trainer.words import counted
+
 # Below so many domain tokens, a run of several epochs learns by heart.
 _LITTLE_DATA = 100_000
 
@@ -44,11 +46,12 @@ def _rows_of_one_document(counts: Counts) -> str | None:
 
 def _half_empty_last_step(counts: Counts) -> str | None:
     empty = counts.steps * counts.batch - counts.rows
+    few = "is only" if counts.steps == 1 else "are only"
     if empty <= counts.steps * counts.batch / 10:
         return None
     return (
-        f"training.globalBatchSize: the last step has {counts.batch - empty} rows of "
-        f"{counts.batch}, and there are only {counts.steps} steps; a smaller batch wastes less"
+        f"training.globalBatchSize: the last step has {counted(counts.batch - empty, 'row')} of "
+        f"{counts.batch}, and there {few} {counted(counts.steps, 'step')}; a smaller batch wastes less"
     )
 
 
@@ -65,8 +68,9 @@ def _little_to_learn_from(counts: Counts) -> str | None:
     if counts.domain_tokens >= _LITTLE_DATA:
         return None
     return (
-        f"datasets: {counts.domain_tokens} tokens of domain text are little to learn from, and "
-        f"{counts.epochs} epoch(s) of them may overfit; watch the held-out loss"
+        f"datasets: the domain text has {counted(counts.domain_tokens, 'token')}, which is little to "
+        f"learn from, and {counted(counts.epochs, 'epoch')} of it may overfit; watch the held-out "
+        "loss"
     )
 
 
@@ -94,7 +98,20 @@ def why_not_measured(role: str, trained: Collection[str]) -> str:
 
 
 def _bad_lines(counts: Counts) -> str | None:
-    return f"data: {counts.bad_lines} bad lines were skipped" if counts.bad_lines else None
+    if not counts.bad_lines:
+        return None
+    return f"data: {counted(counts.bad_lines, 'bad line was', 'bad lines were')} skipped"
+
+
+def long_warmup(warmup: int | None, steps: int) -> list[str]:
+    """A warm-up that the job ends in. Apart from the other rules, as it changes no prepared data."""
+    if warmup is None or warmup <= steps:
+        return []
+    return [
+        f"training.schedule.warmupSteps: {warmup} is more than the job's "
+        f"{counted(steps, 'step')}, so the learning rate never reaches its peak; lower it, or "
+        "leave it out for 1 % of the steps"
+    ]
 
 
 _RULES = (

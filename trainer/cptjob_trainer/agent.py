@@ -37,6 +37,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
 from cptjob_trainer import forkserver, store, temporary, termination
 from cptjob_trainer.errors import NEVER_RETRIED
 from cptjob_trainer.termination import STOPPED, Termination
+from cptjob_trainer.words import counted
 
 # torch's defaults of 30 s and more would be most of the time that a restart takes.
 LAST_CALL_SECONDS = 2
@@ -163,7 +164,9 @@ class Agent(SimpleElasticAgent):
         if not self._stop_forwarded:
             self._stop_forwarded = True
             self._kill_at = min(self._kill_at, now + self._settings.grace_seconds)
-            _say(f"stopping: {len(self._workers)} workers are asked to save")
+            _say(
+                f"stopping: {counted(len(self._workers), 'worker is', 'workers are')} asked to save"
+            )
             self._signal_workers(signal.SIGTERM)
         elif now >= self._kill_at:
             self._signal_workers(signal.SIGKILL)

@@ -10,6 +10,7 @@ from cptjob_trainer.documents import Chunk
 from cptjob_trainer.errors import ConfigError, DataError, Fault, Stopped
 from cptjob_trainer.known_files import KnownFiles
 from cptjob_trainer.tokens import Options, Shard
+from cptjob_trainer.words import counted
 
 # Faults and skipped lines that are kept; beyond that they are counted.
 _KEPT_FAULTS = 200
@@ -54,7 +55,11 @@ class Faults:
         """All of them in one error."""
         shown = [*self.files, *self.lines]
         count = len(self.files) + self.bad_lines
-        allowed = f" ({self.limit} bad lines are allowed)" if self.limit and self.bad_lines else ""
+        allowed = (
+            f" ({counted(self.limit, 'bad line is', 'bad lines are')} allowed)"
+            if self.limit and self.bad_lines
+            else ""
+        )
         noun = "fault" if count == 1 else "faults"
         return DataError(f"the data has {count} {noun}{allowed}:", shown, more=count - len(shown))
 

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from cptjob_trainer.record import ROLES, Column, Record, SourceRecord, Steps
+from cptjob_trainer.words import counted
 
 #: Points of a line at most; longer ones keep the lowest and the highest of each stretch.
 MOST_POINTS = 1500
@@ -200,7 +201,7 @@ def _gradient_norm(steps: Steps) -> Plot:
         "Before clipping.",
         keys,
         figure,
-        f"{story} {len(skipped)} steps were skipped.",
+        f"{story} {counted(len(skipped), 'step was', 'steps were')} skipped.",
     )
 
 

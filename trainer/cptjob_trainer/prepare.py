@@ -11,7 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ from cptjob_trainer.shares import Share
 from cptjob_trainer.tables import Part
 from cptjob_trainer.tokenizer import TokenizerInfo
 from cptjob_trainer.tokens import Options
+from cptjob_trainer.words import counted
 
 Report = Callable[[str, int, int], None]
 
@@ -118,7 +119,9 @@ def prepare(
         _check_ids(corpus, model, info)
         layout = Layout(config.training.max_length, packed(), prompt, info.bos_id is not None)
     made = _Made(config, corpus, model, info, layout, wanted, tuple(warnings))
-    return _published(made, report, stop)
+    found = _published(made, report, stop)
+    late = advice.long_warmup(config.training.schedule.warmup_steps, found.total_steps)
+    return replace(found, warnings=(*found.warnings, *late))
 
 
 # -- what is decided before rows are laid out ------------------------------------------------------
@@ -266,7 +269,8 @@ def _held_out_below(made: _Made, given: Given) -> int:
 def _all_held_out(given: Given, percent: float) -> DataError:
     return DataError(
         f"{given.dataset.path}: all data of {given.dataset.name} is held out: its "
-        f"{given.documents} documents fall into the {percent:g} % or are all the same; add "
+        f"{counted(given.documents, 'document falls', 'documents fall')} into the {percent:g} % or "
+        "are all the same; add "
         "documents, lower validation.splitPercent (0 holds nothing out) or give "
         "validation.datasets"
     )
@@ -404,23 +408,25 @@ def _print_progress(what: str, done: int, total: int) -> None:
 
 def _summary(made: Prepared) -> str:
     lines = [
-        f"{source.role} {source.name}: {source.documents} documents, {source.tokens} tokens, "
-        f"{source.rows()} rows, {quota} drawn"
+        f"{source.role} {source.name}: {counted(source.documents, 'document')}, "
+        f"{counted(source.tokens, 'token')}, {counted(source.rows(), 'row')}, {quota} drawn"
         for source, quota in zip(made.sources, made.quotas, strict=True)
     ]
     lines += [
-        f"held out from {source.name}: {source.documents} documents, {source.tokens} tokens"
+        f"held out from {source.name}: {counted(source.documents, 'document')}, "
+        f"{counted(source.tokens, 'token')}"
         for source in made.heldout
     ]
     lines += [f"warning: {warning}" for warning in made.warnings]
     lines += [f"skipped: {fault}" for fault in made.bad_lines[:20]]
-    lines.append(f"{made.total_rows} rows, {made.total_steps} steps, in {made.directory}")
+    rows, steps = counted(made.total_rows, "row"), counted(made.total_steps, "step")
+    lines.append(f"{rows}, {steps}, in {made.directory}")
     return "\n".join(lines)
 
 
 def _summary_of_check(checked: Checked) -> str:
     lines = [f"model: {checked.model.architecture}, {checked.model.parameters} parameters"]
-    lines += [f"{name}: {count} documents" for name, count in checked.documents.items()]
+    lines += [f"{name}: {counted(count, 'document')}" for name, count in checked.documents.items()]
     lines += [f"would be skipped: {fault}" for fault in checked.bad_lines[:20]]
     return "\n".join(lines)
 

@@ -16,6 +16,7 @@ from cptjob_trainer.config import (
     Training,
 )
 from cptjob_trainer.errors import ConfigError
+from cptjob_trainer.words import counted
 
 #: Longest row that is chosen for a job; a longer one must be asked for.
 LONGEST_ROW = 2048
@@ -54,8 +55,9 @@ def global_batch_size(devices: int, rows: int) -> int:
     batch = devices * rows
     if batch > MAX_GLOBAL_BATCH_SIZE:
         raise ConfigError(
-            f"spec.training.batchSizePerDevice: {rows} rows on each of {devices} devices make "
-            f"{batch} a step, more than {MAX_GLOBAL_BATCH_SIZE}; lower it or give globalBatchSize"
+            f"spec.training.batchSizePerDevice: {counted(rows, 'row')} on each of "
+            f"{counted(devices, 'device')} make {batch} a step, more than "
+            f"{MAX_GLOBAL_BATCH_SIZE}; lower it or give globalBatchSize"
         )
     return batch
 
