@@ -19,7 +19,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup run test tools soak gpu bench fmt check generate manifests lock
+.PHONY: help setup run test tools soak gpu bench images fmt check generate manifests lock
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,10 @@ gpu: setup $(VENV)/.dev ## run the tests that need an NVIDIA GPU
 bench: setup $(VENV)/.bench $(VENV)/.go ## measure against peers; figures go to bench/RESULTS.md
 	@for name in prepare.py resume.py checkpoint.py train.py operator; do \
 	  echo "== bench/$$name"; $(bin)/python bench/$$name || exit; done
+
+images: $(VENV)/.uv ## build the images (TOOL=podman BASE_IMAGE=... FLAGS="--network host")
+	$(bin)/python deploy/images.py $(if $(TOOL),--tool $(TOOL)) \
+	  $(if $(BASE_IMAGE),--base-image $(BASE_IMAGE)) -- $(FLAGS)
 
 fmt: $(VENV)/.dev ## format the code and fix what can be fixed
 	$(bin)/ruff check --fix-only --quiet .
@@ -111,10 +115,11 @@ lock: $(VENV)/.uv ## write requirements/*.txt anew (LOCK=--upgrade takes newer v
 	$(compile) $(LOCK) pyproject.toml $(user) --extra operator --extra dev requirements/build.in \
 	  -o requirements/dev.txt
 	$(compile) pyproject.toml $(user) requirements/build.in -c requirements/dev.txt -o requirements/run.txt
-	$(compile) pyproject.toml --extra operator requirements/build.in -c requirements/dev.txt \
-	  -o requirements/operator.txt
+	$(compile) pyproject.toml --extra operator -c requirements/dev.txt -o requirements/operator.txt
+	$(compile) pyproject.toml --extra trainer -c requirements/dev.txt -o requirements/trainer.txt
 	$(compile) $(LOCK) pyproject.toml --all-extras requirements/build.in -c requirements/dev.txt \
 	  -o requirements/bench.txt
+	$(compile) $(LOCK) requirements/images.in -o requirements/images.txt
 	$(compile) $(LOCK) requirements/uv.in -o requirements/uv.txt
 	$(compile) --no-deps requirements/assets.in -o requirements/assets.txt
 	$(compile) $(LOCK) requirements/go.in -o requirements/go.txt

@@ -28,6 +28,7 @@ COLUMN = 30
 LINES = {
     ".ci": "what a change must pass",
     ".ci/run": "set-up, `make check`, `make tools`, `make test`, each timed",
+    ".dockerignore": "what an image is made of",
     "CONTRIBUTING.md": "how to change this project",
     "LICENSE": "Apache-2.0",
     "Makefile": "every command; `make` alone lists them",
@@ -41,6 +42,8 @@ LINES = {
     "crds": "the resource that a manifest describes",
     "crds/cptjob_api": "the API as types: fields, defaults, checks",
     "deploy": "what is applied to a cluster",
+    "deploy/Containerfile.operator": "the operator's image",
+    "deploy/Containerfile.trainer": "the trainer's image",
     "deploy/argocd": "how Argo CD judges a job, and jobs from a repository",
     "deploy/examples": "manifests to start from",
     "deploy/flux": "jobs from a repository, and how Flux judges them",

@@ -13,14 +13,15 @@ LOCKS = sorted((ROOT / "requirements").glob("*.txt"))
 EXTRAS = {
     "run.txt": ["client", "trainer", "demo"],
     "operator.txt": ["operator"],
+    "trainer.txt": ["trainer"],
     "dev.txt": ["client", "trainer", "demo", "operator", "dev"],
     "bench.txt": ["client", "trainer", "demo", "operator", "dev", "bench"],
 }
 INPUTS = {
     "run.txt": "build.in",
-    "operator.txt": "build.in",
     "dev.txt": "build.in",
     "bench.txt": "build.in",
+    "images.txt": "images.in",
     "uv.txt": "uv.in",
     "assets.txt": "assets.in",
     "go.txt": "go.in",
@@ -35,8 +36,10 @@ def pins(path: Path) -> dict[str, str]:
 
 def wanted(lock: Path) -> list[Requirement]:
     """What pyproject.toml and the .in file ask this lock for."""
-    lines = (ROOT / "requirements" / INPUTS[lock.name]).read_text("utf-8").split("\n")
-    texts = [line.split("#")[0].strip() for line in lines]
+    texts: list[str] = []
+    if lock.name in INPUTS:
+        lines = (ROOT / "requirements" / INPUTS[lock.name]).read_text("utf-8").split("\n")
+        texts += [line.split("#")[0].strip() for line in lines]
     if lock.name in EXTRAS:
         project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
         texts += project["dependencies"]
