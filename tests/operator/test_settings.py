@@ -78,7 +78,7 @@ timing:
         ("pools: {}", "pools: must have at least 1 items"),
         ("pools: {a: {tolerations: [{key: a, value: b}]}}", "value: goes with operator: Equal"),
         ("pools: {a: {extraResources: {rdma/hca: 500m}}}", "rdma/hca: must be a whole number"),
-        ("pools: {a: {shmSize: -1}}", "shmSize: must be a number of bytes such as 1536Mi, not -1"),
+        ("pools: {a: {shmSize: 0}}", "shmSize: must be a number of bytes such as 1536Mi, not 0"),
         ("pools: {a: {scratchSize: 1m}}", "must be a number of bytes such as 1536Mi, not 1m"),
         (
             "pools: {a: {security: {profile: baseline}}}",

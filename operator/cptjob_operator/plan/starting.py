@@ -16,6 +16,8 @@ from cptjob_operator.wanted import Event, Wanted
 
 #: Of the digest of an image, as far as the status takes it.
 _MOST_CHARACTERS = 1024
+#: Of the GPUs that others give back no event tells.
+_COUNT_AGAIN_SECONDS = 30.0
 
 
 def placing(look: Look) -> Wanted | None:
@@ -130,6 +132,12 @@ def _look_again(look: Look) -> datetime | None:
     """When to look at workers that are not up yet."""
     due = start_due(look)
     if look.observed.refused:
-        soon = look.now + timedelta(seconds=LOOK_AGAIN_SECONDS)
-        return min(soon, due) if due else soon
-    return due
+        seconds = LOOK_AGAIN_SECONDS
+    elif look.observed.used_gpus is not None and any(
+        pod.unschedulable for pod in look.gang.workers
+    ):
+        seconds = _COUNT_AGAIN_SECONDS
+    else:
+        return due
+    soon = look.now + timedelta(seconds=seconds)
+    return min(soon, due) if due else soon

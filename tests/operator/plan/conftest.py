@@ -74,6 +74,7 @@ class World:
     report: Report | None = None
     refused: dict[str, str] = field(default_factory=dict)
     claims: dict[str, Claim] | None = None
+    used_gpus: dict[str, int] | None = None
     events: list[tuple[str, str]] = field(default_factory=list)
     made: list[PodId] = field(default_factory=list)
     writes: int = 0
@@ -104,6 +105,7 @@ class World:
             nodes=dict(self.nodes),
             report=self.report,
             refused=dict(self.refused),
+            used_gpus=self.used_gpus,
             claims=self._read_claims(),
         )
 

@@ -217,6 +217,23 @@ def test_of_several_workers_without_a_node_it_is_always_the_first_that_speaks(
     assert _said(job).startswith(job.workers[0].name)
 
 
+def test_gpus_that_others_hold_are_counted_again_while_the_scheduler_finds_no_node(
+    world: MakeWorld,
+) -> None:
+    job = world()
+    job.settle()
+    job.get_ready(job.pod(Role.COORDINATOR))
+    job.settle()
+    job.used_gpus = {"node-0": 8}
+    later = job.plan().again
+    assert later is not None, "the deadline for the start"
+    job.change(job.workers[0], unschedulable=_NO_ROOM.format(3, 2, 1))
+    soon = job.plan().again
+    assert soon is not None
+    assert (soon - job.now).total_seconds() == 30.0
+    assert soon < later
+
+
 def test_counts_of_nodes_that_move_are_no_event_and_written_now_and_then_only(
     world: MakeWorld,
 ) -> None:
