@@ -22,6 +22,7 @@ from cptjob_api.kubeyaml import documents
 from cptjob_api.resolve import JobDefaults
 from cptjob_api.rules import Broken
 from cptjob_api.spec import EnvVar, LabelValue, ObjectName, Quantity, ResourceName
+from cptjob_api.storage import PATTERNS
 from cptjob_trainer.config import Seconds, StorageUri, Strict, rule
 from cptjob_trainer.errors import Fault, ManifestError, MissingInputError
 
@@ -60,7 +61,7 @@ Counts = Annotated[
 ]
 _FOLDER = r"([^./][^/]*|[.][.][^/]+|[.][^./][^/]*|[.])?"  # anything but ..
 #: Where a job may write.
-OUTPUT = rf"^pvc://[a-z0-9]([-a-z0-9.]{{0,251}}[a-z0-9])?(/{_FOLDER})*$"
+OUTPUT = rf"{PATTERNS['pvc'].removesuffix('(/.*)?$')}(/{_FOLDER})*$"
 UserId = Annotated[int, Field(ge=1, le=2_147_483_647)]
 Security = Literal["restricted", "baseline"]
 

@@ -75,7 +75,7 @@ timing:
         ("jobs: {pool: gold}", "jobs.pool: there is no pool gold; pools: default"),
         ("jobs: {outputUri: runs}", "jobs.outputUri: write pvc://CLAIM/path"),
         ("jobs: {outputUri: s3://bucket}", "and not s3://bucket; nothing else can be written to"),
-        ("pools: {}", "pools: must have at least 1 items"),
+        ("pools: {}", "pools: must have at least 1 item"),
         ("pools: {a: {tolerations: [{key: a, value: b}]}}", "value: goes with operator: Equal"),
         ("pools: {a: {extraResources: {rdma/hca: 500m}}}", "rdma/hca: must be a whole number"),
         ("pools: {a: {shmSize: 0}}", "shmSize: must be a number of bytes such as 1536Mi, not 0"),
