@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cptjob.volumes import Volumes
+from cptjob_api import resources
 from cptjob_api.facts import ModelFacts
 from cptjob_api.fields import instances, parts, show
 from cptjob_api.job import CPTJob
@@ -43,7 +44,9 @@ def read(path: Path) -> tuple[Manifest, CPTJob]:
     """The only job of a manifest. Raises ConfigError for what cannot be done yet."""
     manifest = load_manifest(path)
     job = manifest.job
-    lines = [_with_line(manifest, job, text) for text in unsupported(job)]
+    lines = [
+        _with_line(manifest, job, text) for text in (*unsupported(job), *resources.faults(job))
+    ]
     if lines:
         raise ConfigError("\n".join(lines))
     return manifest, job

@@ -10,6 +10,14 @@ from pydantic_core import ErrorDetails
 
 from cptjob_api.fields import Path, annotation_at, as_model, bare, field_at, fields
 from cptjob_api.rules import Broken
+from cptjob_api.spec import (
+    LABEL_VALUE_PATTERN,
+    OBJECT_NAME_PATTERN,
+    QUANTITY_PATTERN,
+    VARIABLE_PATTERN,
+)
+from cptjob_trainer.config import BANDWIDTH_PATTERN, NAME_PATTERN
+from cptjob_trainer.words import counted
 
 #: The type of the whole document.
 Root: TypeAlias = type[BaseModel]
@@ -45,11 +53,13 @@ def _words(error: ErrorDetails, root: Root) -> str:
         bound = next(iter(limits.values()))
         return f"must be {_LIMITS[kind]} {_number(bound)}, not {_number(given)}{_hint(path, root)}"
     if kind in ("too_long", "too_short"):
-        return _length(kind, limits, "items")
+        return _length(kind, limits, "item")
     if kind in ("string_too_long", "string_too_short"):
-        return _length(kind.removeprefix("string_"), limits, "characters")
+        return _length(kind.removeprefix("string_"), limits, "character")
     if kind == "string_pattern_mismatch":
-        return f"{_shown(given)} does not have the form {limits['pattern']}"
+        form = FORMS.get(limits["pattern"])
+        said = f"is not {form}" if form else f"does not have the form {limits['pattern']}"
+        return f"{_shown(given)} {said}"
     if kind in _KINDS:
         return f"must be {_KINDS[kind]}, not {_shown(given)}{_quotes(kind, given)}"
     return error["msg"]
@@ -75,6 +85,19 @@ _KINDS = {
     "dict_type": "a mapping",
     "model_type": "a mapping",
     "model_attributes_type": "a mapping",
+}
+
+_LABEL = "letters, digits, '-', '_' and '.', beginning and ending with a letter or digit"
+#: What a person is told in place of a regular expression.
+FORMS = {
+    QUANTITY_PATTERN: "a quantity; write a number with or without a unit, such as 8Gi, 500m or 2",
+    BANDWIDTH_PATTERN: "a number of bytes a second; write it such as 200Mi or 1G",
+    NAME_PATTERN: "lower-case letters, digits and '-', beginning and ending with a letter or digit, "
+    "such as my-data",
+    OBJECT_NAME_PATTERN: "the name of an object; write lower-case letters, digits, '-' and '.', "
+    "such as my-secret",
+    LABEL_VALUE_PATTERN: f"the value of a label; write {_LABEL}",
+    VARIABLE_PATTERN: "the name of a variable; write letters, digits and '_', such as NCCL_DEBUG",
 }
 
 
@@ -120,8 +143,8 @@ def _hint(path: Path, root: Root) -> str:
 
 def _length(kind: str, limits: Mapping[str, Any], what: str) -> str:
     if kind == "too_long":
-        return f"must have at most {limits['max_length']} {what}"
-    return f"must have at least {limits['min_length']} {what}"
+        return f"must have at most {counted(limits['max_length'], what)}"
+    return f"must have at least {counted(limits['min_length'], what)}"
 
 
 def _quotes(kind: str, given: Any) -> str:

@@ -25,7 +25,7 @@ class ObjectMeta(Strict):
     model_config = ConfigDict(extra="allow")
 
     name: Annotated[str, Field(min_length=1, max_length=253)] = Field(
-        description="Name of the job, unique in its namespace."
+        description="Name of the job, such as my-job, unique in its namespace."
     )
     namespace: str | None = Field(default=None, description="Namespace of the job.")
     labels: dict[str, str] = Field(default={}, description="Labels.")
@@ -46,7 +46,7 @@ class CPTJob(Strict):
         default="training.cptjob.io/v1alpha1", description="Group and version of this API."
     )
     kind: Literal["CPTJob"] = Field(default="CPTJob", description="Always CPTJob.")
-    metadata: ObjectMeta = Field(description="The standard metadata.")
+    metadata: ObjectMeta = Field(description="The standard metadata, such as {name: my-job}.")
     spec: CPTJobSpec = Field(description="What the job is asked to do.")
     status: CPTJobStatus | None = Field(default=None, description="What the operator reports.")
 

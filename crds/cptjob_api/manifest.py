@@ -17,7 +17,7 @@ from cptjob_api.fields import Path, annotation_at, instances, parts, show
 from cptjob_api.job import API_VERSION, GROUP, KIND, CPTJob
 from cptjob_api.kubeyaml import Document, documents
 from cptjob_api.rules import RULES, Broken
-from cptjob_trainer.errors import Fault, ManifestError, MissingInputError, UsageError
+from cptjob_trainer.errors import Fault, ManifestError, MissingInputError
 
 # Metadata that any object may have; anything else there is a slip of the pen.
 METADATA = (
@@ -50,10 +50,18 @@ class Manifest:
 
     @property
     def job(self) -> CPTJob:
-        """The only job. Raises UsageError when there are several."""
+        """The only job. Raises ManifestError when there are several."""
         if len(self.jobs) > 1:
-            names = ", ".join(job.metadata.name for job in self.jobs)
-            raise UsageError(f"{self.path}: has {len(self.jobs)} jobs ({names}); one is needed")
+            further = [
+                Fault(
+                    str(self.path),
+                    document.line,
+                    f"a further {KIND} begins here, {job.metadata.name}; one is needed: put each "
+                    "into a file of its own",
+                )
+                for job, document in zip(self.jobs[1:], self.documents[1:], strict=True)
+            ]
+            raise ManifestError(faults=further)
         return self.jobs[0]
 
     def line(self, job: CPTJob, place: str) -> int:
@@ -92,7 +100,7 @@ def parse_manifest(text: str, file: str = "manifest") -> Manifest:
             notes.append(f"{file}:{document.line}: {note}")
             continue
         job, found = read_job(document.value)
-        faults += [_fault(file, document, each) for each in found]
+        faults += [fault for each in found for fault in _faults(file, document, each)]
         taken.append(document)
         if job is not None:
             jobs.append(job)
@@ -156,10 +164,10 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def _fault(file: str, document: Document, broken: Broken) -> Fault:
-    place = show(broken.path)
-    message = f"{place}: {broken.message}" if place else broken.message
-    return Fault(file, document.line_of(broken.path), message)
+def _faults(file: str, document: Document, broken: Broken) -> Iterator[Fault]:
+    for path, words in broken.places or ((broken.path, ""),):
+        said = (show(path), f"{words}; {broken.message}" if words else broken.message)
+        yield Fault(file, document.line_of(path), ": ".join(each for each in said if each))
 
 
 # --- rules over the parts that have no fault of their own -----------------------------------------
@@ -178,14 +186,11 @@ def _from_rules(found: list[Broken]) -> bool:
 
 def _broken_in(plain: Any, faulty: list[Path]) -> Iterator[Broken]:
     for rule in RULES:
-        if rule.check is None:
-            continue
         for path, value in instances(plain, parts(rule.at)):
             if any(_overlap(path, other) for other in faulty):
                 continue
             typed: Any = TypeAdapter(annotation_at(CPTJob, path)).validate_json(json.dumps(value))
-            if not rule.check(typed):
-                yield Broken((*path, *parts(rule.field)), rule.message)
+            yield from rule.judge(path, typed)
 
 
 def _overlap(path: Path, other: Path) -> bool:

@@ -5,14 +5,15 @@ was accepted. Both forms say the same message.
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from pydantic import BaseModel
 
 from cptjob_api.fields import Path, fields, instances, parts
-from cptjob_api.spec import CPTJobSpec, Dataset, ElasticPolicy, Scheduling, Trainer
+from cptjob_api.spec import CPTJobSpec, Dataset, ElasticPolicy, EnvVar, Scheduling, Trainer
 from cptjob_api.storage import FORMS, PATTERNS, is_storage_uri
 from cptjob_trainer.config import Role, Sifting, Training
 
@@ -21,6 +22,21 @@ from cptjob_trainer.config import Role, Sifting, Training
 MAX_NAME = 40
 # The Service's name begins with the job's, so it must be a DNS label that starts with a letter.
 NAME_PATTERN = "[a-z]([-a-z0-9]*[a-z0-9])?"
+
+
+# Where parts of a value break a rule, each with a few words.
+Places: TypeAlias = list[tuple[Path, str]]
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A rule that does not hold, and where. `places` are those of the parts that break it, each with
+    a few words: whoever has the manifest's lines names these instead.
+    """
+
+    path: Path
+    message: str
+    places: tuple[tuple[Path, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -32,6 +48,7 @@ class Rule:
     cel: the rule for the API server, on the value at `at` (for metadata: on the job, as the API
         server gives no other way to it). None where the schema itself says it.
     check: the rule in Python; it takes the value at `at`. None where only a cluster has the rule.
+    where: the places below the value that break it, each with a few words about it.
     """
 
     at: str
@@ -39,14 +56,14 @@ class Rule:
     message: str
     cel: str | None
     check: Callable[[Any], bool] | None
+    where: Callable[[Any], Places] | None = None
 
-
-@dataclass(frozen=True)
-class Broken:
-    """A rule that does not hold, and where."""
-
-    path: Path
-    message: str
+    def judge(self, path: Path, value: Any) -> Iterator[Broken]:
+        """The rule, if the value at `path` breaks it."""
+        if self.check is not None and not self.check(value):
+            places = self.where(value) if self.where else []
+            below = tuple(((*path, *place), words) for place, words in places)
+            yield Broken((*path, *parts(self.field)), self.message, below)
 
 
 class Named(Protocol):
@@ -123,12 +140,71 @@ def _unique_names(datasets: Sequence[Dataset]) -> bool:
     return _unique([each.name for each in datasets])
 
 
+def _repeated(values: Sequence[str], *below: str) -> Places:
+    counts = Counter(values)
+    return [
+        ((index, *below), f"{value} is named {counts[value]} times")
+        for index, value in enumerate(values)
+        if counts[value] > 1
+    ]
+
+
+def _repeated_names(items: Sequence[Dataset | EnvVar]) -> Places:
+    return _repeated([each.name for each in items], "name")
+
+
 def _names_apart(spec: CPTJobSpec) -> bool:
     trained = {each.name for each in spec.datasets}
     return not any(each.name in trained for each in spec.validation.datasets)
 
 
+def _trained_names(spec: CPTJobSpec) -> Places:
+    trained = {each.name for each in spec.datasets}
+    return [
+        (("validation", "datasets", index, "name"), f"{each.name} is trained on")
+        for index, each in enumerate(spec.validation.datasets)
+        if each.name in trained
+    ]
+
+
+def _general_weights(spec: CPTJobSpec) -> Places:
+    return [
+        (("datasets", index, "weight"), f"{each.name} has {each.weight:g}")
+        for index, each in enumerate(spec.datasets)
+        if each.role == "General" and each.weight is not None
+    ]
+
+
+# What the launcher tells each of its processes, and what a pod's read-only root makes necessary.
+RESERVED_ENVIRONMENT = (
+    "RANK",
+    "LOCAL_RANK",
+    "GROUP_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "HOME",
+)
+
+
+def _reserved(env: Sequence[EnvVar]) -> Places:
+    return [
+        ((index, "name"), each.name)
+        for index, each in enumerate(env)
+        if each.name in RESERVED_ENVIRONMENT
+    ]
+
+
 def _weight_rule(role: Role) -> Rule:
+    def without(spec: CPTJobSpec) -> Places:
+        return [
+            (("datasets", index), f"{each.name} has none")
+            for index, each in enumerate(spec.datasets)
+            if each.role == role and each.weight is None
+        ]
+
     of_role = f"d.role == '{role}'"
     return Rule(
         at="spec",
@@ -137,6 +213,7 @@ def _weight_rule(role: Role) -> Rule:
         cel=f"!has(self.datasets) || !self.datasets.exists(d, {of_role} && has(d.weight)) || "
         f"self.datasets.all(d, d.role != '{role}' || has(d.weight))",
         check=lambda spec: _all_or_none(_weights(spec, role)),
+        where=without,
     )
 
 
@@ -158,7 +235,7 @@ def _uri_rules(at: str, *, written: bool) -> Iterator[Rule]:
         yield Rule(
             at,
             "",
-            "hf:// can be read only; write pvc:// or s3://",
+            "hf:// cannot be written; write pvc://CLAIM/path",
             "!self.startsWith('hf://')",
             lambda uri: not uri.startswith("hf://"),
         )
@@ -193,14 +270,30 @@ RULES: tuple[Rule, ...] = (
         check=_has_data,
     ),
     # A list map with the key `name` says this in the schema.
-    Rule("spec.datasets", "", "names must be unique", None, _unique_names),
-    Rule("spec.validation.datasets", "", "names must be unique", None, _unique_names),
+    Rule("spec.datasets", "", "names must be unique", None, _unique_names, _repeated_names),
+    Rule(
+        "spec.validation.datasets",
+        "",
+        "names must be unique",
+        None,
+        _unique_names,
+        _repeated_names,
+    ),
     Rule(
         "spec.trainer.env",
         "",
         "names must be unique",
         None,
         lambda env: _unique([each.name for each in env]),
+        _repeated_names,
+    ),
+    Rule(
+        at="spec.trainer.env",
+        field="",
+        message=f"{', '.join(RESERVED_ENVIRONMENT)} are set for each process; leave them out",
+        cel=f"self.all(e, !(e.name in {list(RESERVED_ENVIRONMENT)}))",
+        check=lambda env: not _reserved(env),
+        where=_reserved,
     ),
     Rule(
         at="spec",
@@ -209,6 +302,7 @@ RULES: tuple[Rule, ...] = (
         cel="!has(self.datasets) || !has(self.validation.datasets) || "
         "self.validation.datasets.all(v, !self.datasets.exists(d, d.name == v.name))",
         check=_names_apart,
+        where=_trained_names,
     ),
     _weight_rule("Domain"),
     _weight_rule("General"),
@@ -219,6 +313,7 @@ RULES: tuple[Rule, ...] = (
         cel="!has(self.datasets) || self.datasets.filter(d, d.role == 'General' && has(d.weight))"
         ".map(d, d.weight).sum() < 1.0",
         check=_general_below_one,
+        where=_general_weights,
     ),
     Rule(
         at="spec",
@@ -239,8 +334,10 @@ RULES: tuple[Rule, ...] = (
         check=_manual_for_names,
     ),
     # A list of type set says this in the schema.
-    Rule("spec.scheduling.nodeNames", "", "each node may be named once", None, _unique),
-    Rule("spec.scheduling.gpuTypes", "", "each product may be named once", None, _unique),
+    Rule("spec.scheduling.nodeNames", "", "each node may be named once", None, _unique, _repeated),
+    Rule(
+        "spec.scheduling.gpuTypes", "", "each product may be named once", None, _unique, _repeated
+    ),
     Rule(
         at="spec",
         field="scheduling.nodeNames",
@@ -280,11 +377,10 @@ RULES: tuple[Rule, ...] = (
 def broken(job: BaseModel) -> list[Broken]:
     """Every static rule that a job breaks."""
     return [
-        Broken((*path, *parts(rule.field)), rule.message)
+        found
         for rule in RULES
-        if rule.check is not None
         for path, value in instances(job, parts(rule.at))
-        if not rule.check(value)
+        for found in rule.judge(path, value)
     ]
 
 

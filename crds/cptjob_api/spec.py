@@ -33,10 +33,13 @@ def _quantity(value: Any) -> Any:
     return value
 
 
-# Go's resource.Quantity.
+# Go's resource.Quantity. What is below 0 resources.py refuses: a pattern does not see numbers.
 QUANTITY_PATTERN = (
     r"^[+-]?([0-9]+|[0-9]+[.][0-9]*|[.][0-9]+)([eE][+-]?[0-9]+|[numkMGTPE]|[KMGTPE]i)?$"
 )
+OBJECT_NAME_PATTERN = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
+LABEL_VALUE_PATTERN = r"^[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$"
+VARIABLE_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]*$"
 Quantity = Annotated[
     str,
     BeforeValidator(_quantity, json_schema_input_type=int | str),
@@ -44,11 +47,11 @@ Quantity = Annotated[
 ]
 ObjectName = Annotated[
     str,
-    Field(min_length=1, max_length=253, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"),
+    Field(min_length=1, max_length=253, pattern=OBJECT_NAME_PATTERN),
 ]
 LabelValue = Annotated[
     str,
-    Field(min_length=1, max_length=63, pattern=r"^[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$"),
+    Field(min_length=1, max_length=63, pattern=LABEL_VALUE_PATTERN),
 ]
 ResourceName = Annotated[str, Field(max_length=316)]
 
@@ -150,7 +153,7 @@ class EnvVar(Strict):
     name: str = Field(
         min_length=1,
         max_length=256,
-        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        pattern=VARIABLE_PATTERN,
         description="Name of the variable.",
     )
     value: str = Field(default="", max_length=4096, description="Its value.")

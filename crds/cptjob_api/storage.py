@@ -17,7 +17,8 @@ PATTERNS: dict[str, str] = {
     "hf": r"^hf://[A-Za-z0-9][-A-Za-z0-9_.]{0,95}/[A-Za-z0-9][-A-Za-z0-9_.]{0,95}$",
     "file": r"^file://.+$",
 }
-FORMS = "pvc://CLAIM/path, s3://BUCKET/prefix, hf://ORG/NAME or (local runs) file://PATH"
+# What is named to a person: s3:// and hf:// have their form, and cannot be read yet (unsupported.py).
+FORMS = "pvc://CLAIM/path, or file:///path in a local run"
 
 
 @dataclass(frozen=True)

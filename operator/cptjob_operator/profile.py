@@ -10,10 +10,10 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field
 
+from cptjob_api import resources
 from cptjob_api.job import CPTJob
 from cptjob_api.resolve import Resolved, gpus
 from cptjob_api.storage import Storage
-from cptjob_operator import resources
 from cptjob_operator.settings import Pool, Security, Settings, Toleration
 from cptjob_trainer.config import Strict
 

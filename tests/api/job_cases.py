@@ -53,7 +53,7 @@ SOUND: list[dict[str, Any]] = [
     {"spec.training": {"schedule": {"minLearningRate": 0.1}}},
     {"spec.training.sifting": {"mode": "Unbiased", "betaValue": 0.9}},
 ]
-URI = "write pvc://CLAIM/path, s3://BUCKET/prefix, hf://ORG/NAME or (local runs) file://PATH"
+URI = "write pvc://CLAIM/path, or file:///path in a local run, without '..' in it"
 ONCE = "may be named once"
 # Changes to a sound job, the field at fault, and how its message begins.
 BROKEN: list[tuple[dict[str, Any], str, str]] = [
@@ -69,8 +69,12 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
         "spec.validation.datasets[0].storageUri",
         URI,
     ),
-    ({"spec.output.storageUri": "hf://a/b"}, "spec.output.storageUri", "hf:// can be read only"),
-    ({"spec.checkpoint.storageUri": "hf://a/b"}, "spec.checkpoint.storageUri", "hf:// can be"),
+    (
+        {"spec.output.storageUri": "hf://a/b"},
+        "spec.output.storageUri",
+        "hf:// cannot be written; write pvc:",
+    ),
+    ({"spec.checkpoint.storageUri": "hf://a/b"}, "spec.checkpoint.storageUri", "hf:// cannot"),
     ({"spec.datasets": []}, "spec.datasets", "a CausalLM or MaskedLM job needs"),
     ({"spec.datasets[0].role": "General"}, "spec.datasets", "a CausalLM or MaskedLM job needs"),
     (
@@ -133,6 +137,11 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
         },
         "spec.validation.datasets",
         "a held-out data set needs a name that no training data set has",
+    ),
+    (
+        {"spec.trainer.env": [{"name": "NCCL_DEBUG"}, {"name": "RANK", "value": "0"}]},
+        "spec.trainer.env",
+        "RANK, LOCAL_RANK, GROUP_RANK, WORLD_SIZE,",
     ),
     (
         {"spec.training.sifting": {"mode": "Unbiased", "betaValue": 1}},

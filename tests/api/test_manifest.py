@@ -1,6 +1,7 @@
 """Reading manifests: every fault, its line, and the nearest right word."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from cptjob_api import crd
+from cptjob_api.faults import FORMS
 from cptjob_api.fields import Path as Place
 from cptjob_api.fields import as_model, fields, item, show
 from cptjob_api.job import CPTJob
 from cptjob_api.manifest import as_path, load_manifest, parse_manifest, read_job
 from cptjob_api.spec import CPTJobSpec
-from cptjob_trainer.errors import ManifestError, MissingInputError, UsageError
+from cptjob_trainer.errors import ManifestError, MissingInputError
 
 GOOD = """\
 apiVersion: training.cptjob.io/v1alpha1
@@ -118,10 +121,7 @@ spec:
     env: [{name: A, value: on}]
   suspend: maybe
 """
-    uri = (
-        "write pvc://CLAIM/path, s3://BUCKET/prefix, hf://ORG/NAME or (local runs) file://PATH, "
-        "without '..' in it"
-    )
+    uri = "write pvc://CLAIM/path, or file:///path in a local run, without '..' in it"
     assert [fault.removeprefix("job.yaml:") for fault in faults(text)] == [
         "4: metadata.name: must be lower-case letters, digits and '-', from a letter to a letter "
         "or digit",
@@ -154,10 +154,13 @@ spec:
         ("training: {dropout: {hidden: 1}}", "hidden: must be less than 1, not 1"),
         ("trainer: {numNodes: 501}", "numNodes: must be at most 500, not 501"),
         ("checkpoint: {keepLast: 5001}", "keepLast: must be at most 5000, not 5001"),
-        ("checkpoint: {maxBandwidth: fast}", '"fast" does not have the form'),
+        (
+            "checkpoint: {maxBandwidth: fast}",
+            '"fast" is not a number of bytes a second; write it such as 200Mi',
+        ),
         ("scheduling: {nodeNames: []}\n  trainer: {env: [{}]}", "env[0].name: required: name of"),
-        ("managedBy: ''", "managedBy: must have at least 1 characters"),
-        ("training: {lora: {targetModules: []}}", "targetModules: must have at least 1 items"),
+        ("managedBy: ''", "managedBy: must have at least 1 character"),
+        ("training: {lora: {targetModules: []}}", "targetModules: must have at least 1 item"),
         ("training: [a]", "spec.training: must be a mapping, not a list"),
         ("training: fast", 'spec.training: must be a mapping, not "fast"'),
         ("trainer: {numNodes: 99999999999999999999999}", "numNodes: must be"),
@@ -165,6 +168,64 @@ spec:
 )
 def test_a_value_out_of_bounds_is_told_with_the_bound(line: str, message: str) -> None:
     assert message in "\n".join(faults(f"{GOOD}  {line}\n"))
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [("8Gb", '"8Gb"'), ('"8 GiB"', '"8 GiB"'), ("all", '"all"')],
+)
+def test_what_is_no_quantity_is_told_with_an_example(given: str, shown: str) -> None:
+    line = f"trainer: {{resourcesPerNode: {{limits: {{memory: {given}}}}}}}"
+    assert faults(f"{GOOD}  {line}\n") == [
+        f"job.yaml:11: spec.trainer.resourcesPerNode.limits.memory: {shown} is not a quantity; "
+        "write a number with or without a unit, such as 8Gi, 500m or 2"
+    ]
+
+
+def test_every_pattern_has_its_words() -> None:
+    patterns = set(re.findall(r"^ *pattern: (.*)$", crd.text(), re.MULTILINE))
+    assert {each.strip("'") for each in patterns} == set(FORMS)
+
+
+DATASET = "    - {{name: {}, storageUri: pvc://d/{}{}}}\n"
+
+
+@pytest.mark.parametrize(
+    ("further", "told"),
+    [
+        (
+            [("a", ""), ("a", "")],
+            [
+                "job.yaml:11: spec.datasets[1].name: a is named 2 times; names must be unique",
+                "job.yaml:12: spec.datasets[2].name: a is named 2 times; names must be unique",
+            ],
+        ),
+        (
+            [("web", ", role: General, weight: 1.5")],
+            [
+                "job.yaml:11: spec.datasets[1].weight: web has 1.5; weights of General data sets are "
+                "shares of all tokens and must sum to less than 1"
+            ],
+        ),
+        (
+            [("a", ", weight: 2")],
+            [
+                "job.yaml:9: spec.datasets[0]: domain has none; give all Domain data sets a weight, "
+                "or none of them"
+            ],
+        ),
+    ],
+)
+def test_the_data_sets_at_fault_are_named_with_their_lines(
+    further: list[tuple[str, str]], told: list[str]
+) -> None:
+    more = "".join(DATASET.format(name, index, rest) for index, (name, rest) in enumerate(further))
+    assert faults(GOOD + more) == told
+
+
+def test_variables_of_the_launcher_are_named_with_their_lines() -> None:
+    (told,) = faults(f"{GOOD}  trainer:\n    env:\n    - {{name: A}}\n    - {{name: HOME}}\n")
+    assert told.startswith("job.yaml:14: spec.trainer.env[1].name: HOME; RANK, LOCAL_RANK, ")
 
 
 def test_too_many_data_sets_are_refused() -> None:
@@ -190,7 +251,7 @@ def test_only_jobs_are_taken_and_the_rest_is_noted() -> None:
 def test_one_job_is_needed_where_one_is_asked_for() -> None:
     manifest = parse_manifest(f"{GOOD}---\n{GOOD.replace('tiny', 'other')}", "job.yaml")
     assert [job.metadata.name for job in manifest.jobs] == ["tiny", "other"]
-    with pytest.raises(UsageError, match=r"job.yaml: has 2 jobs \(tiny, other\); one is needed"):
+    with pytest.raises(ManifestError, match=r"job.yaml:12: a further CPTJob begins here, other; o"):
         _ = manifest.job
 
 

@@ -81,6 +81,12 @@ def test_a_wrong_command_is_one_line_and_64(
             78,
             "job.yaml:14: spec.training.schedule.minLearningRate: 0.001 is not less",
         ),
+        (
+            "  output:",
+            "  trainer: {resourcesPerNode: {limits: {memory: -1}}}\n  output:",
+            78,
+            "job.yaml:15: spec.trainer.resourcesPerNode.limits.memory: -1 is below 0",
+        ),
         ("  output:", "  #output:", 78, "job.yaml:5: spec.output.storageUri: not given"),
     ],
 )

@@ -144,6 +144,26 @@ def test_a_line_over_the_limit_is_refused_with_its_size(
     assert "the line has 50 MiB, the limit is 32 MiB" in raised.value.faults[0].message
 
 
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("a.JSONL", "the name must end in .jsonl, in lower case; rename it"),
+        ("a.json", 'if each line is one object {"text": "..."}, rename it, else convert it'),
+        ("a.txt", "not a .jsonl file; unpack or convert it, or move it away"),
+    ],
+)
+def test_another_ending_is_told_with_what_to_do(
+    tmp_path: Path,
+    make: SimpleNamespace,
+    job: Callable[..., TrainerConfig],
+    name: str,
+    advice: str,
+) -> None:
+    with pytest.raises(DataError) as raised:
+        check(job(make.lines(tmp_path / name, [GOOD])))
+    assert advice in raised.value.faults[0].message
+
+
 def test_bad_lines_are_tolerated_up_to_max_bad_lines(
     tmp_path: Path, make: SimpleNamespace, job: Callable[..., TrainerConfig]
 ) -> None:

@@ -55,9 +55,9 @@ def rule(sentence: str) -> dict[str, JsonValue]:
 
 # --- bounds that the API and the resolved configuration share -------------------------------------
 
-Name = Annotated[
-    str, Field(min_length=1, max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
-]
+NAME_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
+BANDWIDTH_PATTERN = r"^[0-9]+([.][0-9]+)?(k|M|G|Ki|Mi|Gi)?$"
+Name = Annotated[str, Field(min_length=1, max_length=63, pattern=NAME_PATTERN)]
 StorageUri = Annotated[str, Field(min_length=1, max_length=1024)]
 MaxLength = Annotated[int, Field(ge=8, le=1_048_576)]
 BatchSize = Annotated[int, Field(ge=1, le=4096)]
@@ -385,10 +385,7 @@ class Checkpoint(Strict):
         description="Steps between two copies in the node's memory.",
         json_schema_extra=rule("none are made"),
     )
-    max_bandwidth: (
-        Annotated[str, Field(max_length=32, pattern=r"^[0-9]+([.][0-9]+)?(k|M|G|Ki|Mi|Gi)?$")]
-        | None
-    ) = Field(
+    max_bandwidth: Annotated[str, Field(max_length=32, pattern=BANDWIDTH_PATTERN)] | None = Field(
         default=None,
         description="Bytes a second that saving may use on a node, such as 200Mi.",
         json_schema_extra=rule("no limit"),

@@ -109,7 +109,7 @@ def _file_problem(path: Path) -> str | None:
     if path.is_dir():
         return "a directory inside the data set; put all files into one directory"
     if path.suffix != EXTENSION:
-        return f"not a {EXTENSION} file; unpack or convert it, or move it away"
+        return _wrong_ending(path.suffix)
     try:
         with path.open("rb") as file:
             head = file.read(32)
@@ -121,6 +121,17 @@ def _file_problem(path: Path) -> str | None:
         if head.startswith(magic):
             return problem
     return None
+
+
+def _wrong_ending(suffix: str) -> str:
+    if suffix.lower() == EXTENSION:
+        return f"the name must end in {EXTENSION}, in lower case; rename it"
+    if suffix.lower() in (".json", ".ndjson"):
+        return (
+            f"not a {EXTENSION} file; if each line is one object {_EXAMPLE}, rename it, else "
+            f"convert it, or move it away"
+        )
+    return f"not a {EXTENSION} file; unpack or convert it, or move it away"
 
 
 def chunks(path: Path) -> Iterator[Chunk]:

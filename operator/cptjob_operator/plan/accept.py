@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from cptjob_api import resources
 from cptjob_api.conditions import Reason
 from cptjob_api.fields import instances, parts, show
 from cptjob_api.job import CPTJob
@@ -18,7 +19,6 @@ from cptjob_api.spec import CPTJobSpec
 from cptjob_api.status import ResolvedStatus
 from cptjob_api.storage import Storage, is_storage_uri
 from cptjob_api.unsupported import unsupported
-from cptjob_operator import resources
 from cptjob_operator.profile import POD_GROUP, Profile, freeze, path_of
 from cptjob_operator.settings import Pool, Settings
 from cptjob_trainer.config import AcceptedConfig, Checkpoint
