@@ -15,8 +15,12 @@ from cptjob_api.kubeyaml import dump
 from cptjob_api.rules import RULES, Rule, transition_cel
 from cptjob_api.spec import QUANTITY_PATTERN, CPTJobSpec
 from cptjob_api.status import CPTJobStatus
+from cptjob_api.unsupported import marks
 
 Schema = dict[str, Any]
+
+#: Between a field's sentence and how an empty field is decided.
+LEFT_OUT = " Left out: "
 
 COLUMNS: tuple[tuple[str, str, str, str, int], ...] = (
     # name, type, path, description, priority (0 is always shown, 1 in -o wide)
@@ -95,7 +99,7 @@ def schema() -> Schema:
             "apiVersion": {"type": "string"},
             "kind": {"type": "string"},
             "metadata": {"type": "object"},
-            "spec": structural(CPTJobSpec),
+            "spec": spec(),
             "status": structural(CPTJobStatus) | {"default": {"observedGeneration": -1}},
         },
     }
@@ -104,6 +108,16 @@ def schema() -> Schema:
             _validations(_at(root, rule.at)).append(_static(rule))
     _validations(root).append(_transitions())
     return root
+
+
+def spec() -> Schema:
+    """The structural schema of a spec; what is not supported yet is marked so."""
+    made = structural(CPTJobSpec)
+    for place, mark in marks().items():
+        field = _at({"properties": {"spec": made}}, place)
+        sentence, left_out, rule = field["description"].partition(LEFT_OUT)
+        field["description"] = f"{sentence} {mark}{left_out}{rule}"
+    return made
 
 
 def _at(root: Schema, place: str) -> Schema:
@@ -203,7 +217,7 @@ def _described(source: Schema) -> str:
     """The sentence, and how an empty field is decided."""
     rule = source.get("rule")
     sentence: str = source["description"]
-    return f"{sentence} Left out: {rule}." if rule else sentence
+    return f"{sentence}{LEFT_OUT}{rule}." if rule else sentence
 
 
 def _kind(source: Schema) -> Schema:

@@ -7,7 +7,6 @@ from cptjob_api import crd
 from cptjob_api.conditions import PHASES, Condition, Reason
 from cptjob_api.job import API_VERSION, KIND
 from cptjob_api.rules import MUTABLE, RULES
-from cptjob_api.spec import CPTJobSpec
 from cptjob_api.status import CPTJobStatus
 
 
@@ -29,7 +28,7 @@ def _lines() -> Iterator[str]:
         "## spec",
         "",
     )
-    yield from _table(crd.structural(CPTJobSpec), "spec", defaults=True)
+    yield from _table(crd.spec(), "spec", defaults=True)
     yield from _rules()
     yield from ("## status", "", "Written by the operator only.", "")
     yield from _table(crd.structural(CPTJobStatus), "status", defaults=False)
@@ -44,7 +43,7 @@ def _table(schema: dict[str, Any], root: str, *, defaults: bool) -> Iterator[str
     yield _row(heads)
     yield _row(["---"] * len(heads))
     for path, field, required in _walk(schema, root):
-        sentence, _, rule = field.get("description", "").partition(" Left out: ")
+        sentence, _, rule = field.get("description", "").partition(crd.LEFT_OUT)
         default = [_default(field, rule.removesuffix("."), required)] if defaults else []
         yield _row([f"`{path}`", _type(field), *default, _bounds(field), sentence])
     yield ""

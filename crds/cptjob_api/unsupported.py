@@ -1,7 +1,8 @@
 """What the types accept and the trainer cannot do yet.
 
-A field that is accepted and ignored would be a lie, so each of these is refused with its reason.
-Whoever teaches the trainer one of them deletes its line here.
+A field that is accepted and ignored would be a lie, so each of these is refused with its reason,
+and the definition and the field reference say so. Whoever teaches the trainer one of them deletes
+its line here.
 """
 
 from collections.abc import Callable
@@ -16,11 +17,20 @@ from cptjob_trainer.config import HangDetection
 
 @dataclass(frozen=True)
 class Missing:
-    """A field, the values of it that cannot be done, and what to do instead."""
+    """A field, the values of it that cannot be done, and what to do instead.
+
+    values: those values in a few words; "" for any.
+    """
 
     field: str
     refused: Callable[[Any], bool]
     reason: str
+    values: str = ""
+
+    @property
+    def mark(self) -> str:
+        """What the field's description says of it."""
+        return f"Not supported yet: {self.values}." if self.values else "Not supported yet."
 
 
 def _not(*values: Any) -> Callable[[Any], bool]:
@@ -38,14 +48,17 @@ def _any(value: Any) -> bool:
 _COPY = "s3:// and hf:// cannot be read yet; copy it to a volume and write pvc://CLAIM/path"
 _WRITE = "s3:// cannot be written yet; write pvc://CLAIM/path"
 _SECRET = "no storage that needs a secret can be read yet; leave it out"
+_OTHER_SIZE = "Not supported yet: any other number than numNodes."
+_REMOTE = "s3:// and hf://"
+_NO_EFFECT = "the default is accepted and has no effect"
 _HANGS = "hung processes are not watched for yet; leave it out"
 
 MISSING: tuple[Missing, ...] = (
-    Missing("spec.task", _not("CausalLM"), "only CausalLM can be trained yet"),
-    Missing("spec.model.storageUri", _remote, _COPY),
-    Missing("spec.datasets[].storageUri", _remote, _COPY),
-    Missing("spec.validation.datasets[].storageUri", _remote, _COPY),
-    Missing("spec.output.storageUri", _remote, _WRITE),
+    Missing("spec.task", _not("CausalLM"), "only CausalLM can be trained yet", "all but CausalLM"),
+    Missing("spec.model.storageUri", _remote, _COPY, _REMOTE),
+    Missing("spec.datasets[].storageUri", _remote, _COPY, _REMOTE),
+    Missing("spec.validation.datasets[].storageUri", _remote, _COPY, _REMOTE),
+    Missing("spec.output.storageUri", _remote, _WRITE, "s3://"),
     Missing("spec.model.secretRef", _any, _SECRET),
     Missing("spec.datasets[].secretRef", _any, _SECRET),
     Missing("spec.validation.datasets[].secretRef", _any, _SECRET),
@@ -53,9 +66,13 @@ MISSING: tuple[Missing, ...] = (
         "spec.data.deduplicate",
         _not("None"),
         "documents cannot be deduplicated yet; do it beforehand and leave this out",
+        "all but None",
     ),
     Missing(
-        "spec.training.sifting.mode", _not("None"), "samples cannot be sifted yet; leave it out"
+        "spec.training.sifting.mode",
+        _not("None"),
+        "samples cannot be sifted yet; leave it out",
+        "all but None",
     ),
     Missing(
         "spec.training.ropeScaling",
@@ -70,11 +87,13 @@ MISSING: tuple[Missing, ...] = (
         "spec.hangDetection.startupTimeoutSeconds",
         _not(HangDetection().startup_timeout_seconds),
         _HANGS,
+        _NO_EFFECT,
     ),
     Missing(
         "spec.hangDetection.stepTimeoutSeconds",
         _not(HangDetection().step_timeout_seconds),
         _HANGS,
+        _NO_EFFECT,
     ),
     Missing(
         "spec.checkpoint.storageUri",
@@ -90,6 +109,15 @@ MISSING: tuple[Missing, ...] = (
     Missing("spec.tracking.mlflow", _any, "MLflow is not spoken yet; use TensorBoard"),
 )
 
+#: Fields whose values are compared with another field's, by `_elastic`.
+_BOUNDS = ("minNodes", "maxNodes")
+
+
+def marks() -> dict[str, str]:
+    """What the description of each field says, by field."""
+    bounds = {f"spec.elasticPolicy.{name}": _OTHER_SIZE for name in _BOUNDS}
+    return {missing.field: missing.mark for missing in MISSING} | bounds
+
 
 def unsupported(job: CPTJob) -> list[str]:
     """One line for each thing asked that cannot be done yet; empty when the job can run."""
@@ -103,11 +131,10 @@ def unsupported(job: CPTJob) -> list[str]:
 
 
 def _elastic(job: CPTJob) -> list[str]:
-    policy, nodes = job.spec.elastic_policy, job.spec.trainer.num_nodes
-    asked = {"minNodes": policy.min_nodes, "maxNodes": policy.max_nodes} if policy else {}
+    nodes = job.spec.trainer.num_nodes
     return [
-        f"spec.elasticPolicy.{name}: the number of workers cannot move yet; set it to {nodes} or "
-        "leave it out"
-        for name, value in asked.items()
-        if value not in (None, nodes)
+        f"{show(path)}: the number of workers cannot move yet; set it to {nodes} or leave it out"
+        for name in _BOUNDS
+        for path, value in instances(job, ("spec", "elasticPolicy", name))
+        if value != nodes
     ]

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from cptjob_api import crd, reference
 from cptjob_api.fields import annotation_at, parts
 from cptjob_api.job import CPTJob
-from cptjob_api.unsupported import MISSING, unsupported
+from cptjob_api.unsupported import MISSING, marks, unsupported
 
 MakeJob = Callable[..., dict[str, Any]]
 
@@ -79,6 +80,19 @@ def test_what_can_be_done_is_not_refused(changes: dict[str, Any], job: MakeJob) 
 def test_all_of_it_is_told_at_once(job: MakeJob) -> None:
     changes = {key: value for each, _ in ASKED[4:8] for key, value in each.items()}
     assert len(_told(job(changes))) == 4
+
+
+def test_what_cannot_be_done_yet_is_marked_in_the_definition_and_in_the_reference() -> None:
+    schema, rows = crd.schema(), reference.text().splitlines()
+    for field, mark in marks().items():
+        here = schema
+        for part in parts(field):
+            here = here["items"] if part == -1 else here["properties"][part]
+        (row,) = (row for row in rows if row.startswith(f"| `{field}` |"))
+        assert mark in here["description"]
+        assert mark in row
+    told = {message.partition(":")[0].replace("[0]", "[]") for _, message in ASKED}
+    assert told == set(marks())
 
 
 def test_each_line_speaks_of_a_field_that_there_is_and_is_asked_for_above() -> None:
