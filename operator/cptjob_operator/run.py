@@ -15,7 +15,7 @@ import kopf
 from cptjob_operator import handlers
 from cptjob_operator.edge import kinds
 from cptjob_operator.edge.api import Api, Bucket
-from cptjob_operator.edge.api_errors import ApiError
+from cptjob_operator.edge.api_errors import ApiError, Forbidden
 from cptjob_operator.edge.cache import Cache
 from cptjob_operator.edge.cluster import Cluster
 from cptjob_operator.edge.events import Recorder
@@ -36,6 +36,9 @@ log = logging.getLogger(__name__)
 _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 _RETRY_SECONDS = 2.0
 _JUST_NOW_SECONDS = 3.0
+#: How often to look for namespaces that may be looked into now, or no longer; and for how often.
+_ALLOWED_SECONDS = 20.0
+_SURE = 3
 _WATCHED = (kinds.JOB, kinds.POD, kinds.NODE)
 
 
@@ -82,13 +85,17 @@ class Operator:
         self.reconciler = Reconciler(
             self.cluster, plan, settings, self.metrics, gone=self.queue.forget
         )
-        self.lister = Lister(
-            self.api, self.cache, settings.watched_namespaces, settings.timing.resync_seconds
-        )
-        self.freshness = Freshness(_WATCHED, settings.watched_namespaces, self.lister.soon)
+        self._look_after(settings.watched_namespaces)
         self.metrics.registry.register(
-            State(self.cache, self.queue, self.leader.leads, self.freshness.ages)
+            State(self.cache, self.queue, self.leader.leads, lambda: self.freshness.ages())
         )
+
+    def _look_after(self, namespaces: tuple[str, ...]) -> None:
+        """Of `namespaces`; none means all."""
+        self.namespaces = namespaces
+        seconds = self.settings.timing.resync_seconds
+        self.lister = Lister(self.api, self.cache, namespaces, seconds)
+        self.freshness = Freshness(_WATCHED, namespaces, self.lister.soon)
 
     async def run(self) -> None:
         """Until the process is asked to end. Raises what no part can live without."""
@@ -109,19 +116,20 @@ class Operator:
             await self._plain.close()
 
     async def _work(self) -> None:
-        await self._wait_for_kind()
+        self._look_after(await self._wait_for_kind())
         await self.lister.sync()
         await _until_one_ends(
             [
                 self._watch(),
                 self.lister.run(),
                 self.leader.run(self._act),
+                self._until_others_are_allowed(),
             ]
         )
 
     async def _watch(self) -> None:
         ours = asyncio.all_tasks()
-        namespaces = self.settings.watched_namespaces
+        namespaces = self.namespaces
         tasks = await kopf.spawn_tasks(
             registry=handlers.registry(self.cache, self.login, self.freshness),
             settings=handlers.settings(),
@@ -164,21 +172,53 @@ class Operator:
             outcome=lambda word: self.metrics.pulls.labels(word).inc(),
         )
 
-    async def _wait_for_kind(self) -> None:
-        """kopf looks once for the kinds that it is to watch, so they have to be there."""
+    async def _wait_for_kind(self) -> tuple[str, ...]:
+        """Namespaces to look after. kopf looks once for the kinds that it is to watch."""
         told = False
         while True:
             try:
-                async for _ in self.api.pages(kinds.JOB, self._some_namespace(), fields=_NONE):
-                    return
+                allowed = await self._allowed()
+                others = set(self.settings.watched_namespaces) - {*allowed}
+                if others:
+                    log.warning("no rights in, so not looked after: %s", ", ".join(sorted(others)))
+                return allowed
             except ApiError as error:
                 if not told:
                     log.warning("waiting for the API of CPTJobs: %s", error)
                 told = True
             await asyncio.sleep(_RETRY_SECONDS)
 
-    def _some_namespace(self) -> str | None:
-        return next(iter(self.settings.watched_namespaces), None)
+    async def _allowed(self) -> tuple[str, ...]:
+        """Watched namespaces that may be looked into. Raises ApiError when that is none.
+
+        The rights in a namespace go when it is deleted: the others are looked after all the same.
+        """
+        watched = self.settings.watched_namespaces
+        found: list[str] = []
+        refused: Forbidden | None = None
+        for namespace in watched or (None,):
+            try:
+                async for _ in self.api.pages(kinds.JOB, namespace, fields=_NONE):
+                    pass
+            except Forbidden as error:
+                refused = error
+            else:
+                found += [namespace] if namespace else []
+        if refused is not None and not found:
+            raise refused
+        return tuple(found)
+
+    async def _until_others_are_allowed(self) -> None:
+        """Returns when other namespaces may be looked into: they are watched after a new start."""
+        times = 0  # rights may be missing for a moment, while they are written anew
+        while times < _SURE:
+            await asyncio.sleep(_ALLOWED_SECONDS)
+            try:
+                others = bool(self.namespaces) and await self._allowed() != self.namespaces
+            except ApiError:
+                others = False
+            times = times + 1 if others else 0
+        log.warning("other namespaces may be looked into than before: starting anew")
 
     def _sick(self) -> str:
         age = self.freshness.age()

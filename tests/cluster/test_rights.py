@@ -7,7 +7,7 @@ it does once the right is given back: so the rights are enough, and none is too 
 import datetime
 import json
 import random
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -270,7 +270,7 @@ def make_places(
 ) -> Iterator[MakePlace]:
     with ExitStack() as undo:
 
-        def make(*, everywhere: bool = False) -> Place:
+        def make(*, everywhere: bool = False, and_watched: Sequence[str] = ()) -> Place:
             grant = Grant(plane, helm, world.namespace, everywhere=everywhere)
             undo.callback(grant.take_away)
             proxy = undo.enter_context(FaultProxy(plane, tmp_path / "proxy", counts=counts))
@@ -279,7 +279,9 @@ def make_places(
                 tmp_path,
                 world.namespace,
                 kubeconfig=proxy.kubeconfig(grant.token()),
-                settings={"watchedNamespaces": [] if everywhere else [world.namespace]},
+                settings={
+                    "watchedNamespaces": [] if everywhere else [*and_watched, world.namespace]
+                },
             )
             undo.callback(operator.kill)
             return Place(world, grant, operator, proxy)
@@ -304,6 +306,16 @@ def test_the_rights_are_enough_for_a_whole_life_and_all_are_used(
         next(steps, None)
     assert audit.refused(place.world.namespace) == set()
     assert audit.used(place.world.namespace) | {FINALIZERS} == place.grant.rights
+
+
+def test_a_namespace_that_is_gone_with_its_rights_holds_up_no_other(make_place: MakePlace) -> None:
+    place = make_place(and_watched=["gone"])
+    place.operator.start().wait_leading()
+    steps = makes_a_job(place)
+    next(steps)
+    done = next(steps)
+    assert done is not None
+    place.wait(done, "a job of the other namespace")
 
 
 def lives_without(right: Right, place: Place, audit: Audit) -> None:
