@@ -270,7 +270,7 @@ def _measured(path: Path) -> float | None:
 
 def warnings(config: TrainerConfig, answer: Estimate) -> list[str]:
     """What the estimated steps already tell of the job."""
-    return advice.long_warmup(config.training.schedule.warmup_steps, answer.steps)
+    return advice.of_run(config, answer.steps)
 
 
 def render(

@@ -17,6 +17,7 @@ from cptjob_api.spec import CPTJobSpec, Model
 from cptjob_api.unsupported import unsupported
 from cptjob_trainer.config import Processes, TrainerConfig
 from cptjob_trainer.errors import ConfigError, DataError, MissingInputError
+from cptjob_trainer.words import counted
 
 
 @dataclass(frozen=True)
@@ -36,19 +37,24 @@ class LocalJob:
     @property
     def on_gpus(self) -> bool:
         """Whether the manifest asks for GPUs."""
-        defaults = JobDefaults()
-        return gpus(self.job, defaults.gpu_resource, defaults.instance_gpus) > 0
+        return _gpus(self.job) > 0
+
+
+def _gpus(job: CPTJob) -> int:
+    """GPUs of a worker, by the names that a platform has where it gives none of its own."""
+    defaults = JobDefaults()
+    return gpus(job, defaults.gpu_resource, defaults.instance_gpus)
 
 
 def read(path: Path) -> tuple[Manifest, CPTJob]:
     """The only job of a manifest. Raises ConfigError for what cannot be done yet."""
     manifest = load_manifest(path)
     job = manifest.job
-    lines = [
-        _with_line(manifest, job, text) for text in (*unsupported(job), *resources.faults(job))
-    ]
-    if lines:
-        raise ConfigError("\n".join(lines))
+    faults = [*unsupported(job), *resources.faults(job)]
+    if excess := resources.too_many_processes(job, _gpus(job)):
+        faults.append(excess)
+    if faults:
+        raise ConfigError("\n".join(_with_line(manifest, job, text) for text in faults))
     return manifest, job
 
 
@@ -129,7 +135,6 @@ CLUSTER_ONLY = (
     "trainer.serviceAccountName",
     "scheduling",
     "failurePolicy",
-    "activeDeadlineSeconds",
     "startupDeadlineSeconds",
     "ttlSecondsAfterFinished",
     "managedBy",
@@ -152,6 +157,13 @@ def _notes(manifest: Manifest, job: CPTJob) -> tuple[str, ...]:
     passed_over = _passed_over(job)
     if passed_over:
         notes.append(f"a local run passes over what only a cluster heeds: {', '.join(passed_over)}")
+    if idle := resources.idle_gpus(job, _gpus(job)):
+        notes.append(_with_line(manifest, job, idle))
     if job.spec.suspend:
-        notes.append("spec.suspend: has no meaning in a local run; the job runs")
+        notes.append("spec.suspend holds a job back on a cluster only; a local run starts at once")
+    if seconds := job.spec.active_deadline_seconds:
+        notes.append(
+            f"spec.activeDeadlineSeconds ends a job on a cluster only; a local run goes on after "
+            f"{counted(seconds, 'second')}, until it is complete or stopped with Ctrl-C"
+        )
     return tuple(notes)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from cptjob_api import quantities
 from cptjob_api.job import CPTJob
 from cptjob_api.resolve import gpus
+from cptjob_trainer.words import counted
 
 FIELD = "spec.trainer.resourcesPerNode"
 
@@ -26,13 +27,13 @@ def of_worker(
     """Requests and limits. What is counted in whole pieces is asked for in both, alike."""
     asked = job.spec.trainer.resources_per_node
     requests, limits = dict(asked.requests), dict(asked.limits)
-    counted = {name: requests[name] for name in requests if _is_counted(name)}
-    counted |= {name: limits[name] for name in limits if _is_counted(name)}
+    pieces = {name: requests[name] for name in requests if _is_counted(name)}
+    pieces |= {name: limits[name] for name in limits if _is_counted(name)}
     number = gpus(job, gpu, instance_gpus)
     for name, quantity in {**({gpu: str(number)} if number else {}), **extra}.items():
-        counted.setdefault(name, quantity)
-    requests |= counted
-    limits |= counted
+        pieces.setdefault(name, quantity)
+    requests |= pieces
+    limits |= pieces
     return dict(sorted(requests.items())), dict(sorted(limits.items()))
 
 
@@ -56,6 +57,28 @@ def faults(job: CPTJob) -> Iterator[str]:
         yield from (
             f"{FIELD}.requests.{name}: {words}" for words in _unequal(name, quantity, asked.limits)
         )
+
+
+def too_many_processes(job: CPTJob, number: int) -> str | None:
+    """A process uses one GPU of a worker's `number`."""
+    given = job.spec.trainer.num_proc_per_node
+    if not given or not number or given <= number:
+        return None
+    return (
+        f"spec.trainer.numProcPerNode: {given} processes are more than the {number} GPUs of a "
+        "worker, and each uses one; lower it or leave it out"
+    )
+
+
+def idle_gpus(job: CPTJob, number: int) -> str | None:
+    """Worth a warning: fewer processes than a worker's `number` of GPUs."""
+    given = job.spec.trainer.num_proc_per_node
+    if not given or given >= number:
+        return None
+    return (
+        f"spec.trainer.numProcPerNode: {counted(given, 'process', 'processes')} of a worker with "
+        f"{number} GPUs use {given} of them; leave it out to use all"
+    )
 
 
 def _is_counted(name: str) -> bool:

@@ -22,10 +22,11 @@ def test_help_names_every_command_and_imports_nothing_heavy(place: Path) -> None
         "import sys, cptjob.cli\n"
         "try: cptjob.cli.main(['--help'])\n"
         "except SystemExit as end: assert end.code == 0\n"
-        "print(sorted({'torch', 'transformers', 'numpy', 'torchx'} & set(sys.modules)))"
+        "print(sorted({'torch', 'transformers', 'numpy', 'torchx', 'kubernetes'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    for command in ("run", "validate", "prepare", "estimate", "report", "export"):
+    commands = "run validate prepare estimate report export submit status suspend resume cancel"
+    for command in commands.split():
         assert f"\n  {command} " in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"
 
@@ -169,14 +170,34 @@ def test_a_broken_model_is_refused_by_the_trainer_in_one_line(cptjob: Cli, place
 def test_what_only_a_cluster_heeds_is_named_in_one_note(cptjob: Cli, place: Path) -> None:
     manifest = place / "job.yaml"
     assert "note:" not in cptjob("estimate", "job.yaml").stderr
-    policies = "activeDeadlineSeconds: 60\n  failurePolicy: {maxRestarts: 1}\n"
+    policies = "suspend: true\n  activeDeadlineSeconds: 60\n  failurePolicy: {maxRestarts: 1}\n"
     manifest.write_text(f"{manifest.read_text()}  {policies}  ttlSecondsAfterFinished: 0\n")
     done = cptjob("estimate", "job.yaml")
     assert done.returncode == 0, done.stderr
     assert done.stderr == (
         "note: a local run passes over what only a cluster heeds: spec.failurePolicy, "
-        "spec.activeDeadlineSeconds, spec.ttlSecondsAfterFinished\n"
+        "spec.ttlSecondsAfterFinished\n"
+        "note: spec.suspend holds a job back on a cluster only; a local run starts at once\n"
+        "note: spec.activeDeadlineSeconds ends a job on a cluster only; a local run goes on after "
+        "60 seconds, until it is complete or stopped with Ctrl-C\n"
     )
+
+
+def test_processes_are_compared_with_the_gpus(cptjob: Cli, place: Path) -> None:
+    manifest = place / "job.yaml"
+    trainer = "  trainer: {numProcPerNode: 4, resourcesPerNode: {limits: {nvidia.com/gpu: 8}}}\n"
+    text = manifest.read_text() + trainer
+    manifest.write_text(text)
+    fewer = cptjob("estimate", "job.yaml")
+    assert fewer.returncode == 0
+    assert fewer.stderr == (
+        "note: job.yaml:16: spec.trainer.numProcPerNode: 4 processes of a worker with 8 GPUs use 4 "
+        "of them; leave it out to use all\n"
+    )
+    manifest.write_text(text.replace("numProcPerNode: 4", "numProcPerNode: 9"))
+    more = cptjob("validate", "job.yaml")
+    assert more.returncode == 78
+    assert "job.yaml:16: spec.trainer.numProcPerNode: 9 processes are more than the" in more.stderr
 
 
 def test_a_command_that_is_killed_leaves_nothing_in_the_temporary_folder(

@@ -134,6 +134,13 @@ def test_a_warm_up_that_is_longer_than_the_job_is_told(cptjob: Cli, place: Path)
     assert "warning: training.schedule.warmupSteps: 500 is more than the job's 20 st" in done.stderr
 
 
+def test_a_batch_that_the_processes_do_not_divide_is_told(cptjob: Cli) -> None:
+    told = cptjob("estimate", "job.yaml", "--processes", "3").stderr
+    assert "training.globalBatchSize: 2 is no multiple of the 3 processes, so that each" in told
+    assert "computes 1 empty row besides" in told
+    assert cptjob("estimate", "job.yaml", "--processes", "2").stderr == ""
+
+
 def test_time_from_a_device(place: Path) -> None:
     answer = estimate(_config(place), device="H100", mfu=0.5)
     assert answer.speed is not None

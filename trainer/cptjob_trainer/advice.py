@@ -1,11 +1,12 @@
 """What is worth a warning in a job's data, and why a held-out loss is missing.
 
-Each rule gives one sentence or none. Standard library only.
+Each rule gives one sentence or none. No torch.
 """
 
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from cptjob_trainer.config import TrainerConfig
 from cptjob_trainer.words import counted
 
 # Below so many domain tokens, a run of several epochs learns by heart.
@@ -103,8 +104,28 @@ def _bad_lines(counts: Counts) -> str | None:
     return f"data: {counted(counts.bad_lines, 'bad line was', 'bad lines were')} skipped"
 
 
+def of_run(config: TrainerConfig, steps: int) -> list[str]:
+    """What is worth a warning in how the data is trained on: no part of what is prepared."""
+    training = config.training
+    return [
+        *uneven_batch(training.global_batch_size, config.processes.world_size),
+        *long_warmup(training.schedule.warmup_steps, steps),
+    ]
+
+
+def uneven_batch(batch: int, processes: int) -> list[str]:
+    """Rows that only fill up the processes."""
+    empty = -batch % processes
+    if not empty:
+        return []
+    return [
+        f"training.globalBatchSize: {batch} is no multiple of the {processes} processes, so that "
+        f"each step computes {counted(empty, 'empty row')} besides; take a multiple"
+    ]
+
+
 def long_warmup(warmup: int | None, steps: int) -> list[str]:
-    """A warm-up that the job ends in. Apart from the other rules, as it changes no prepared data."""
+    """A warm-up that the job ends in."""
     if warmup is None or warmup <= steps:
         return []
     return [

@@ -120,8 +120,7 @@ def prepare(
         layout = Layout(config.training.max_length, packed(), prompt, info.bos_id is not None)
     made = _Made(config, corpus, model, info, layout, wanted, tuple(warnings))
     found = _published(made, report, stop)
-    late = advice.long_warmup(config.training.schedule.warmup_steps, found.total_steps)
-    return replace(found, warnings=(*found.warnings, *late))
+    return replace(found, warnings=(*found.warnings, *advice.of_run(config, found.total_steps)))
 
 
 # -- what is decided before rows are laid out ------------------------------------------------------

@@ -194,18 +194,14 @@ def amounts(ask: Question) -> Refused | None:
 
 def processes(ask: Question) -> Refused | None:
     """A process uses one GPU."""
-    given, gpus = ask.spec.trainer.num_proc_per_node, ask.gpus
+    gpus = ask.gpus
     if gpus > MAX_PROCESSES:
         return _invalid(
             f"{resources.FIELD}: a worker with {gpus} GPUs is more than {MAX_PROCESSES} processes "
             "can use; ask for fewer"
         )
-    if given and gpus and given > gpus:
-        return _invalid(
-            f"spec.trainer.numProcPerNode: {given} processes are more than the {gpus} GPUs of a "
-            "worker, and each uses one; lower it or leave it out"
-        )
-    return None
+    fault = resources.too_many_processes(ask.job, gpus)
+    return _invalid(fault) if fault else None
 
 
 Check = Callable[[Question], Refused | None]
