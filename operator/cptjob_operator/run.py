@@ -37,8 +37,8 @@ _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace"
 _RETRY_SECONDS = 2.0
 _JUST_NOW_SECONDS = 3.0
 #: How often to look for namespaces that may be looked into now, or no longer; and for how often.
-_ALLOWED_SECONDS = 20.0
-_SURE = 3
+_ALLOWED_SECONDS = 60.0
+_SURE = 2
 _WATCHED = (kinds.JOB, kinds.POD, kinds.NODE)
 
 
