@@ -1,4 +1,5 @@
-"""The command line: `cptjob run`, `validate`, `prepare`, `estimate`, `report`, `export`.
+"""The command line: `cptjob run`, `validate`, `prepare`, `estimate`, `report`, `export`; those for a
+cluster are in cluster_cli.py.
 
 An error is one clear line on stderr; exit codes are those of cptjob_trainer.errors. What is slow to
 import is imported by the command that needs it.
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cptjob.cluster_cli import COMMANDS
 from cptjob_trainer.errors import CPTJobError, MissingInputError, UsageError
 
 if TYPE_CHECKING:
@@ -281,3 +283,7 @@ def _run_module(module: str, job: "LocalJob", *arguments: str) -> int:
 def _call(module: str, *arguments: str, given: str | None = None) -> int:
     command = [sys.executable, "-m", f"cptjob_trainer.{module}", *arguments]
     return subprocess.run(command, input=given, text=True, check=False).returncode
+
+
+for each in COMMANDS:
+    cli.add_command(each)
