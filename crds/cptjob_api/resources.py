@@ -65,8 +65,8 @@ def too_many_processes(job: CPTJob, number: int) -> str | None:
     if not given or not number or given <= number:
         return None
     return (
-        f"spec.trainer.numProcPerNode: {given} processes are more than the {number} GPUs of a "
-        "worker, and each uses one; lower it or leave it out"
+        f"spec.trainer.numProcPerNode: {given} processes are more than the "
+        f"{counted(number, 'GPU')} of a worker, and each uses one; lower it or leave it out"
     )
 
 
