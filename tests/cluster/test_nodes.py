@@ -328,7 +328,7 @@ def test_a_node_where_pods_failed_twice_is_avoided_at_any_price_until_its_time_i
     world.patch("job", {"spec": {"failurePolicy": {"excludedNodeTTLSeconds": 4}}})
     _fail(world, "bad-0")
     world.wait(world.finish_what_leaves, "the pods of the attempt before")
-    avoided = ("didn't match Pod's node affinity", "bad-0: avoided because pods failed")
+    avoided = ("didn't match Pod's node affinity", "bad-0: is avoided because pods failed")
     world.wait(lambda: world.told("job", "Unschedulable", *avoided), "the node to be avoided")
     (excluded,) = world.status("job")["excludedNodes"]
     assert (excluded["name"], excluded["failures"]) == ("bad-0", 2)
