@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cptjob import jobs
+from cptjob import cli, jobs
 from cptjob.estimate import Estimate, estimate, render
 from cptjob.volumes import Volumes
 from cptjob_trainer import devices
@@ -139,6 +139,17 @@ def test_a_batch_that_the_processes_do_not_divide_is_told(cptjob: Cli) -> None:
     assert "training.globalBatchSize: 2 is no multiple of the 3 processes, so that each" in told
     assert "computes 1 empty row besides" in told
     assert cptjob("estimate", "job.yaml", "--processes", "2").stderr == ""
+
+
+def test_the_check_of_data_warns_by_the_estimate(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _change(place, "    epochs: 2", "    epochs: 2\n    schedule: {warmupSteps: 500}")
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(cli, "_run_module", lambda *_: 0)
+    with pytest.raises(SystemExit):
+        cli.main(["validate", "--data", "job.yaml"])
+    assert "warmupSteps: 500 is more than the job's 20 steps" in capsys.readouterr().err
 
 
 def test_time_from_a_device(place: Path) -> None:
