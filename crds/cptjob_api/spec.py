@@ -140,7 +140,7 @@ class Resources(Strict):
     """Resources of a container, as in a pod."""
 
     limits: Annotated[dict[ResourceName, Quantity], Field(max_length=16)] = Field(
-        default={}, description="Most that a worker pod may use."
+        default={}, description="Most that a worker pod may use, such as cpu: 8 and memory: 64Gi."
     )
     requests: Annotated[dict[ResourceName, Quantity], Field(max_length=16)] = Field(
         default={}, description="What a node must have free."
