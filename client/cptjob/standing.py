@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
-from cptjob.live import describe, duration
+from cptjob.live import describe
 from cptjob_api.conditions import Condition
 from cptjob_api.job import CPTJob
 from cptjob_api.status import CPTJobStatus
@@ -39,8 +39,16 @@ def _row(job: CPTJob, now: datetime) -> tuple[str, ...]:
         "" if percent is None else f"{percent} %",
         str(saved.step) if saved else "",
         str(status.restarts),
-        duration((now - made).total_seconds()) if made else "",
+        _age((now - made).total_seconds()) if made else "",
     )
+
+
+def _age(seconds: float) -> str:
+    """As kubectl has it: 119s, 3m, 5h, 2d."""
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds // size:.0f}{unit}"
+    return f"{max(0.0, seconds):.0f}s"
 
 
 def page(job: CPTJob) -> str:

@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +42,7 @@ class Reader:
         programs.mkdir()
         (programs / "kubectl").symlink_to(plane.programs["kubectl"])
         (programs / "helm").symlink_to(helm.program)
+        (programs / "cptjob").symlink_to(Path(sys.executable).with_name("cptjob"))
         self._environment = {
             "HOME": str(folder),
             "PATH": f"{programs}:/usr/bin:/bin",
