@@ -52,7 +52,7 @@ def test_a_target_that_cannot_be_made_is_said_first(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="file exists; remove it, or give another folder with"):
         export.check_target(tmp_path / "file")
-    with pytest.raises(OutputError, match="cannot write .*; give another folder with --to"):
+    with pytest.raises(OutputError, match=r"cannot write .*; give another folder with --to"):
         export.check_target(tmp_path / "file" / "below")
     export.check_target(tmp_path / "new" / "model")
     assert list((tmp_path / "new").iterdir()) == []
