@@ -13,7 +13,13 @@ from kubernetes.aio import client, config
 
 from cptjob_api.conditions import Condition
 from cptjob_api.job import GROUP, PLURAL, VERSION, CPTJob
-from cptjob_trainer.errors import CPTJobError, MissingInputError
+from cptjob_trainer.errors import (
+    ClusterError,
+    CPTJobError,
+    MissingInputError,
+    RefusedError,
+    TooLongError,
+)
 
 Object = dict[str, Any]
 
@@ -24,24 +30,6 @@ _WATCH_SECONDS = 240
 _TIMEOUT = aiohttp.ClientTimeout(total=30, sock_connect=10)
 _WATCH_TIMEOUT = aiohttp.ClientTimeout(sock_connect=10, sock_read=_WATCH_SECONDS + 30)
 _OWN_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-
-
-class ClusterError(CPTJobError):
-    """The cluster cannot be reached, or does not allow what is asked."""
-
-    exit_code = 69
-
-
-class RefusedError(CPTJobError):
-    """The API server refuses a job, or a change of it; the message says why."""
-
-    exit_code = 78
-
-
-class WaitedTooLongError(CPTJobError):
-    """What was waited for has not come in the given time."""
-
-    exit_code = 75
 
 
 class AsyncClient:
@@ -145,7 +133,7 @@ class AsyncClient:
         """The job as soon as one of these conditions is true.
 
         seconds: for so long at most; None is for ever. see: is called with each state on the way.
-        Raises WaitedTooLongError, and MissingInputError when the job is deleted meanwhile.
+        Raises TooLongError, and MissingInputError when the job is deleted meanwhile.
         """
         wanted = until if isinstance(until, tuple) else (until,)
         try:
@@ -157,7 +145,7 @@ class AsyncClient:
                         return job
         except TimeoutError as error:
             words = " or ".join(wanted)
-            raise WaitedTooLongError(f"job {name} is not {words} after {seconds:g} s") from error
+            raise TooLongError(f"job {name} is not {words} after {seconds:g} s") from error
         raise AssertionError("a watch ends by an error only")
 
     async def _changes(self, name: str, version: str | None) -> AsyncGenerator[CPTJob]:

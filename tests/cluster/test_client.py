@@ -11,10 +11,10 @@ import pytest
 from world import World
 
 from cptjob.client import Client
-from cptjob.cluster import AsyncClient, ClusterError, RefusedError, WaitedTooLongError
+from cptjob.cluster import AsyncClient
 from cptjob_api.conditions import Condition
 from cptjob_api.manifest import load_manifest
-from cptjob_trainer.errors import MissingInputError
+from cptjob_trainer.errors import ClusterError, MissingInputError, RefusedError, TooLongError
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "deploy" / "examples" / "tiny.yaml"
@@ -66,7 +66,7 @@ def test_a_job_is_made_followed_suspended_resumed_and_deleted(world: World, clie
     train(world, name)
     assert client.wait(name, Condition.RUNNING, 60).status is not None
     assert [each.metadata.name for each in client.list()] == [name]
-    with pytest.raises(WaitedTooLongError, match=r"is not Complete or Failed after 0\.2 s"):
+    with pytest.raises(TooLongError, match=r"is not Complete or Failed after 0\.2 s"):
         client.wait(name, seconds=0.2)
     assert client.suspend(name).spec.suspend
     world.suspend(name)

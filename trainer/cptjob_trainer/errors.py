@@ -4,14 +4,17 @@
     ├── UsageError              64  the command line is wrong
     ├── DataError               65  a document or data set is broken; carries faults
     ├── MissingInputError       66  a model, data set or file is not there
+    ├── ClusterError            69  the cluster cannot be reached, or does not allow it
     ├── OutputError             73  the output cannot be created or written
     │   └── StorageFullError    74  the output's storage is full
     ├── CheckpointError         75  a checkpoint cannot be read or written
     ├── OutputBusyError         75  another job holds the output
     ├── RankLostError           75  another process of the run is gone; it knows why
+    ├── TooLongError            75  what was waited for did not come in time
     ├── ConfigError             78  the configuration asks for what cannot be done
     │   ├── ManifestError       78  a manifest is broken; carries faults
-    │   └── MismatchError       78  the checkpoints belong to another run
+    │   ├── MismatchError       78  the checkpoints belong to another run
+    │   └── RefusedError        78  the API server refuses a job, or a change of it
     └── Stopped                143  a clean stop, after saving; not a failure
 
 The numbers are exit codes (sysexits.h where one fits). A message says what is wrong, where, and
@@ -93,6 +96,12 @@ class MissingInputError(CPTJobError):
     exit_code = 66
 
 
+class ClusterError(CPTJobError):
+    """The cluster cannot be reached, or does not allow what is asked."""
+
+    exit_code = 69
+
+
 class OutputError(CPTJobError):
     """The output cannot be created or written."""
 
@@ -123,6 +132,12 @@ class RankLostError(CPTJobError):
     exit_code = 75
 
 
+class TooLongError(CPTJobError):
+    """What was waited for has not come in the given time."""
+
+    exit_code = 75
+
+
 class ConfigError(CPTJobError):
     """A configuration that is well formed and asks for what cannot be done."""
 
@@ -137,6 +152,12 @@ class ManifestError(FaultyError, ConfigError):
 
 class MismatchError(ConfigError):
     """The output holds checkpoints of another model, other data or other settings."""
+
+    exit_code = 78
+
+
+class RefusedError(ConfigError):
+    """The API server refuses a job, or a change of it; the message says why."""
 
     exit_code = 78
 
