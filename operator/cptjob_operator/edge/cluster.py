@@ -27,9 +27,9 @@ from cptjob_operator.edge.api_errors import (
 )
 from cptjob_operator.edge.events import Recorder
 from cptjob_operator.edge.progress import Reports
-from cptjob_operator.identity import JobId, JobKey, Role
+from cptjob_operator.identity import JobId, JobKey, PodId, Role
 from cptjob_operator.objects import placement
-from cptjob_operator.observed import Claim, Observed
+from cptjob_operator.observed import Child, Claim, Observed
 from cptjob_operator.profile import Profile
 from cptjob_operator.wanted import Deletion, Event, Wanted
 
@@ -41,6 +41,9 @@ _AT_ONCE = 24
 BUSY_FACTOR = 5.0
 #: A refused pod is not asked for again before this; then one is, and the others only after it.
 REFUSED_SECONDS = 14.0
+#: A job's children are looked at before its first pods are made when nobody did for so long.
+#: A burst of jobs is over sooner, so it pays nothing for it.
+CHILDREN_SECONDS = 120.0
 #: How long what is read beside the watches (claims, other pods' GPUs) is taken for true.
 _FRESH_SECONDS = 14.0
 #: Nodes whose pods are read at once for one job.
@@ -99,6 +102,7 @@ class Cluster:
         self._parsed: OrderedDict[str, CPTJob] = OrderedDict()  # by uid
         self._held: dict[str, float] = {}  # uid of a job -> since when its counts wait
         self._refused: dict[str, dict[str, _Refusal]] = {}
+        self._stood: dict[str, float] = {}  # uid of a job -> when its children were last seen
         self._read: OrderedDict[tuple[str, str, str], tuple[float, asyncio.Future[Any]]]
         self._read = OrderedDict()
         self._may_list_pods = True
@@ -312,6 +316,7 @@ class Cluster:
         await _each(objects, lambda each: self._make_child(job, each))
         # Pods without their own configuration and fence would run with somebody's, or with none.
         whole = self._refused.get(uid, {}).keys() <= {kinds.POD.name}
+        whole = whole and await self._children_stand(job, pods)
         made = whole and await self._make_pods(job, pods)
         for event in wanted.events:
             self.tell_of(_key(job), uid, event)
@@ -335,6 +340,7 @@ class Cluster:
         self._parsed.pop(uid, None)
         self._held.pop(uid, None)
         self._refused.pop(uid, None)
+        self._stood.pop(uid, None)
         self._reports.forget(uid)
         self._recorder.forget(uid)
 
@@ -393,7 +399,32 @@ class Cluster:
         except NotFound:
             return  # the namespace is gone, and the job with it
         self._known.put_child(kind.name, answer)
+        self._stood[uid] = self._clock()
         self._permit(uid, kind)
+
+    async def _children_stand(self, job: CPTJob, pods: list[Document]) -> bool:
+        """False when a child that pods need was deleted meanwhile: the next pass makes it anew.
+
+        Nobody watches the children of jobs. They are read before pods that replace others are
+        made, and before pods of a job whose children nobody has seen for long.
+        """
+        id = _id(job)
+        seen = self._stood.get(id.uid, -math.inf)
+        fresh = self._clock() - seen < CHILDREN_SECONDS
+        if not pods or (fresh and not any(map(_replaces, pods))):
+            return True
+        known = self._known.children_of(id)
+        await _each(known, lambda each: self._look_at_child(id, each))
+        if len(self._known.children_of(id)) < len(known):
+            self._known.changed(_key(job), 0.0)
+            return False
+        self._stood[id.uid] = self._clock()
+        return True
+
+    async def _look_at_child(self, id: JobId, child: Child) -> None:
+        kind = kinds.kind(child.kind)
+        if await self._uid_of(kind, id.namespace, child.name) != child.uid:
+            self._known.drop_child(id, child.kind)
 
     async def _make_pods(self, job: CPTJob, manifests: list[Document]) -> bool:
         """True when any was asked for. After a refusal one is tried, and the others after it."""
@@ -462,6 +493,12 @@ def _key(job: CPTJob) -> JobKey:
 
 def _id(job: CPTJob) -> JobId:
     return JobId(job.metadata.namespace or "", job.metadata.uid or "")
+
+
+def _replaces(pod: Document) -> bool:
+    """Whether a pod of that place has been there before."""
+    identity = PodId.of(pod["metadata"].get("labels") or {})
+    return identity is not None and (identity.attempt, identity.incarnation) != (0, 0)
 
 
 def _failed(answer: asyncio.Future[Any]) -> bool:

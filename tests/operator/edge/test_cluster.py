@@ -5,14 +5,15 @@ import json
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import pytest
 from aiohttp import web
 
 from cptjob_api.job import CPTJob
 from cptjob_operator.edge.cache import Cache
-from cptjob_operator.edge.cluster import Cluster
+from cptjob_operator.edge.cluster import CHILDREN_SECONDS, Cluster
 from cptjob_operator.edge.events import Recorder
 from cptjob_operator.edge.progress import Reports
-from cptjob_operator.identity import JobKey
+from cptjob_operator.identity import JobId, JobKey, job_labels, owner
 from cptjob_operator.settings import parse
 from cptjob_operator.wanted import Wanted
 from job_cases import sound_job
@@ -55,6 +56,59 @@ def test_pods_wait_for_a_child_that_is_refused_and_not_for_one_that_is_there(
         await cluster.apply(_job(), Wanted(objects=(pod,)))
         assert server.requests[1:] == [("POST", "/api/v1/namespaces/team/pods")]
         await cluster._api.close()
+
+    with_server(test)
+
+
+def _replacement(body: dict[str, Any], attempt: int) -> dict[str, Any]:
+    """A manifest of the job's worker, in that attempt."""
+    about = {"name": f"worker-{attempt}", "labels": dict(body["metadata"]["labels"])}
+    about["labels"]["training.cptjob.io/attempt"] = str(attempt)
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": about}
+
+
+def _service() -> dict[str, Any]:
+    about = {"name": "job-uid", "namespace": "team", "uid": "service", "resourceVersion": "1"}
+    about["labels"] = job_labels("job", "uid")  # type: ignore[assignment]
+    about["ownerReferences"] = [owner("job", "uid")]  # type: ignore[assignment]
+    return {"apiVersion": "v1", "kind": "Service", "metadata": about}
+
+
+@pytest.mark.parametrize(("attempt", "seconds"), [(1, 0.0), (0, CHILDREN_SECONDS)])
+def test_pods_are_not_made_beside_a_child_that_somebody_has_deleted(
+    with_server: Test, pod_body: Callable[..., dict[str, Any]], attempt: int, seconds: float
+) -> None:
+    there = [True]
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        if request.method == "POST" and request.path.endswith("/services"):
+            return web.json_response(_service())
+        if request.method == "GET" and there[0]:
+            return web.json_response(_service())
+        if request.method == "GET":
+            return web.json_response({"message": "no such thing"}, status=404)
+        return web.json_response(await request.json())
+
+    async def test(server: Any) -> None:
+        server.answer = answer
+        clock, api = [0.0], server.api()
+        told: list[JobKey] = []
+        known = Cache(lambda key, seconds: told.append(key))
+        cluster = Cluster(api, known, Reports(), Recorder(api, "test"), clock=lambda: clock[0])
+        pod = _replacement(pod_body(), attempt)
+        await cluster.apply(_job(), Wanted(objects=(_service(), _replacement(pod_body(), 0))))
+        posts = [path for verb, path in server.requests if verb == "POST"]
+        assert [path.rpartition("/")[2] for path in posts] == ["services", "pods"]
+        assert len(server.requests) == 2, "a first pod costs no look at what was just made"
+        there[0], clock[0] = False, seconds
+        await cluster.apply(_job(), Wanted(objects=(pod,)))
+        assert [verb for verb, _ in server.requests[2:]] == ["GET"]
+        assert known.children_of(JobId("team", "uid")) == ()
+        assert told == [JobKey("team", "job")], "the next pass makes it anew"
+        there[0] = True
+        await cluster.apply(_job(), Wanted(objects=(_service(), pod)))
+        assert server.requests[-1] == ("POST", "/api/v1/namespaces/team/pods")
+        await api.close()
 
     with_server(test)
 
