@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import aiohttp
+from aiohttp.connector import Connection
 from pydantic_core import from_json, to_json
 
 from cptjob_operator.edge.api_errors import NotLeader, Unavailable, refused
@@ -61,6 +62,21 @@ class Page:
     version: int
 
 
+def _guarded(may_write: Callable[[], bool]) -> type[aiohttp.ClientRequest]:
+    """Requests that ask once they have a connection.
+
+    Nothing waits between this and the first byte, and what is sent a second time asks again.
+    """
+
+    class Request(aiohttp.ClientRequest):
+        async def send(self, conn: Connection) -> aiohttp.ClientResponse:
+            if self.method != "GET" and not may_write():
+                raise NotLeader("another operator leads", "NotLeader")
+            return await super().send(conn)
+
+    return Request
+
+
 class Api:
     """Requests as one identity. Each raises an ApiError, and nothing else, when it fails.
 
@@ -80,9 +96,8 @@ class Api:
         self._login = login
         self._manager = manager
         self._bucket = bucket
-        self._may_write = may_write
         self._watch = watch
-        self._session = login.session(connections)
+        self._session = login.session(connections, request=_guarded(may_write))
 
     async def close(self) -> None:
         await self._session.close()
@@ -181,9 +196,6 @@ class Api:
     ) -> Document:
         if self._bucket is not None:
             await self._bucket.take()
-        if not self._may_write():
-            self._watch(verb, kind.name, "NotLeader", 0.0)
-            raise NotLeader("another operator leads", "NotLeader")
         data = to_json(body)
         return await self._ask(
             method, verb, kind, path, data, {"Content-Type": content_type}, query
@@ -207,6 +219,9 @@ class Api:
             if status == 401 and self._login.renew():
                 status, body, answered = await self._send(method, path, data, headers, query)
                 code = str(status)
+        except NotLeader:
+            code = "NotLeader"
+            raise
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise Unavailable(f"{type(error).__name__}: {error}", type(error).__name__) from error
         finally:

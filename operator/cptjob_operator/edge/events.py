@@ -53,13 +53,19 @@ class Recorder:
         self._told.pop(uid, None)
 
     async def run(self) -> None:
-        """Until it is cancelled."""
-        while True:
-            body = await self._queue.get()
-            try:
-                await self._api.post(EVENT, body["metadata"]["namespace"], body)
-            except ApiError as error:
-                log.debug("event %s: %s", body["reason"], error)
+        """Until it is cancelled; what was not sent by then is for whoever leads next to tell."""
+        try:
+            while True:
+                await self._send(await self._queue.get())
+        finally:
+            self._queue = asyncio.Queue(_QUEUE)
+            self._told.clear()
+
+    async def _send(self, body: Document) -> None:
+        try:
+            await self._api.post(EVENT, body["metadata"]["namespace"], body)
+        except ApiError as error:
+            log.debug("event %s: %s", body["reason"], error)
 
     def _body(self, key: JobKey, uid: str, event: Event) -> Document:
         now = datetime.now(UTC)

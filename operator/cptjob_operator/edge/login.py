@@ -114,6 +114,7 @@ class Login:
         connections: int,
         timeout: aiohttp.ClientTimeout | None = None,
         traces: list[aiohttp.TraceConfig] | None = None,
+        request: type[aiohttp.ClientRequest] = aiohttp.ClientRequest,
     ) -> aiohttp.ClientSession:
         """At most so many connections; each request carries the credentials of that moment."""
         context = self._trust if self.server.startswith("https") else False
@@ -123,6 +124,7 @@ class Login:
             timeout=timeout or _TIMEOUT,
             middlewares=(self._sign,),
             trace_configs=traces,
+            request_class=request,
         )
 
     async def _sign(

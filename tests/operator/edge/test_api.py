@@ -117,6 +117,36 @@ def test_no_server_is_no_answer() -> None:
     asyncio.run(test())
 
 
+def test_a_write_that_waited_for_a_connection_is_not_sent_when_the_lease_has_gone(
+    with_server: Test,
+) -> None:
+    """The process may have been frozen while it waited."""
+
+    async def test(server: Any) -> None:
+        leads, asked, let = [True], asyncio.Event(), asyncio.Event()
+
+        async def answer(request: web.Request) -> web.StreamResponse:
+            asked.set()
+            await let.wait()
+            return web.json_response({})
+
+        server.answer = answer
+        api = server.api(may_write=lambda: leads[0], connections=1)
+        first = asyncio.ensure_future(api.get(kinds.POD, "team", "a"))
+        await asked.wait()
+        write = asyncio.ensure_future(api.delete(kinds.POD, "team", "a", "uid"))
+        await asyncio.sleep(0.05)
+        leads[0] = False
+        let.set()
+        await first
+        with pytest.raises(api_errors.NotLeader):
+            await write
+        assert [method for method, _ in server.requests] == ["GET"]
+        await api.close()
+
+    with_server(test)
+
+
 def test_nothing_is_written_without_the_lease(with_server: Test) -> None:
     async def test(server: Any) -> None:
         leads = True

@@ -44,7 +44,8 @@ class Bench:
         self.told: list[str] = []
         self.seconds, self.busy = 0.0, False
         server.answer = self._answer
-        self.api = server.api()
+        self.leads = True
+        self.api = server.api(may_write=lambda: self.leads)
         self.cache = Cache()
         recorder = Recorder(self.api, "test")
         recorder.tell = lambda key, uid, event: self.told.append(event.message)  # type: ignore[method-assign]
@@ -133,7 +134,7 @@ def test_what_a_late_lease_held_back_is_tried_again(with_server: Test) -> None:
 
     async def test(server: Any) -> None:
         bench = Bench(server, start)
-        bench.api._may_write = lambda: False
+        bench.leads = False
         bench.cache.put_job(sound_body())
         again = await bench.reconciler.reconcile(KEY)
         assert again is not None, "nothing else may ever happen to it"
