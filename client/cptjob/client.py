@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from cptjob.cluster import ENDED, AsyncClient
+from cptjob.cluster import RESTS, AsyncClient
 from cptjob_api.conditions import Condition
 from cptjob_api.job import CPTJob
 
@@ -84,7 +84,7 @@ class Client:
     def wait(
         self,
         name: str,
-        until: Condition | tuple[Condition, ...] = ENDED,
+        until: Condition | tuple[Condition, ...] = RESTS,
         seconds: float | None = None,
         see: Callable[[CPTJob], object] | None = None,
     ) -> CPTJob:

@@ -23,7 +23,10 @@ from cptjob_trainer.errors import (
 
 Object = dict[str, Any]
 
+#: These are never taken back.
 ENDED = (Condition.COMPLETE, Condition.FAILED)
+#: A job with one of these changes only when somebody changes something.
+RESTS = (*ENDED, Condition.STALLED)
 
 # So long one watch lasts; then the job is read again, with credentials that are valid still.
 _WATCH_SECONDS = 240
@@ -126,7 +129,7 @@ class AsyncClient:
     async def wait(
         self,
         name: str,
-        until: Condition | tuple[Condition, ...] = ENDED,
+        until: Condition | tuple[Condition, ...] = RESTS,
         seconds: float | None = None,
         see: Callable[[CPTJob], object] | None = None,
     ) -> CPTJob:

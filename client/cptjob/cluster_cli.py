@@ -31,7 +31,9 @@ def place_options(command: Command) -> Command:
 
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("-w", "--watch", is_flag=True, help="Follow the job until its end.")
+@click.option(
+    "-w", "--watch", is_flag=True, help="Follow the job until it has ended, or cannot go on."
+)
 @place_options
 def submit(file: Path, watch: bool, **place: str | None) -> int:
     """Check the manifest in FILE and give the job to the cluster."""
@@ -49,7 +51,9 @@ def submit(file: Path, watch: bool, **place: str | None) -> int:
 
 @click.command()
 @click.argument("name", required=False)
-@click.option("-w", "--watch", is_flag=True, help="Follow the job until its end.")
+@click.option(
+    "-w", "--watch", is_flag=True, help="Follow the job until it has ended, or cannot go on."
+)
 @place_options
 def status(name: str | None, watch: bool, **place: str | None) -> int:
     """Say how the job NAME stands, or list all jobs."""
@@ -75,10 +79,12 @@ def status(name: str | None, watch: bool, **place: str | None) -> int:
 @place_options
 def suspend(name: str, wait: bool, **place: str | None) -> int:
     """Let the job NAME save a checkpoint and give its nodes back."""
+    from cptjob.cluster import RESTS
+
     with _client(place) as cluster:
         cluster.suspend(name)
         if wait:
-            cluster.wait(name, (Condition.SUSPENDED, Condition.COMPLETE, Condition.FAILED))
+            cluster.wait(name, (Condition.SUSPENDED, *RESTS))
         click.echo(
             f"job {name} {'is' if wait else 'will be'} suspended; cptjob resume {name} goes on"
         )
@@ -130,13 +136,13 @@ def _follow(cluster: "Client", name: str) -> int:
     with LiveDisplay(Console(stderr=True)) as display:
         job = cluster.wait(name, see=lambda each: display.update(standing.progress(each)))
     click.echo(standing.page(job))
-    return CPTJobError.exit_code if _failed(job) else 0
+    return 0 if _is_complete(job) else CPTJobError.exit_code
 
 
-def _failed(job: "CPTJob") -> bool:
+def _is_complete(job: "CPTJob") -> bool:
     from cptjob.cluster import is_true
 
-    return is_true(job, Condition.FAILED)
+    return is_true(job, Condition.COMPLETE)
 
 
 def _left(job: "CPTJob") -> str:

@@ -159,12 +159,12 @@ class Reason(_Word):
     INVALID_SPEC = (
         "InvalidSpec",
         "The spec asks for what cannot be done.",
-        "Make a new job with the field mended that the message names.",
+        "Edit the field that the message names; once the job has Failed, make a new one.",
     )
     NOT_SUPPORTED = (
         "NotSupported",
         "The spec asks for what this version cannot do yet.",
-        "Make a new job without the field that the message names.",
+        "Edit the job: leave out the field that the message names.",
     )
     LIMIT_EXCEEDED = (
         "LimitExceeded",

@@ -144,7 +144,9 @@ def _phases() -> Iterator[str]:
         "",
         "A fresh object has `observedGeneration: -1` and counts as InProgress. A condition that a",
         "row does not name is absent or keeps what it was; `Complete` and `Failed` are never",
-        "taken back.",
+        "taken back. A Pending job that is refused, as it asks for a pool that there is not or for more",
+        "than the platform allows, is `Stalled` and not `Reconciling` (kstatus: Failed) until the spec",
+        "or the platform's settings are changed; then it goes on.",
         "",
     )
 

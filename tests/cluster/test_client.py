@@ -66,7 +66,7 @@ def test_a_job_is_made_followed_suspended_resumed_and_deleted(world: World, clie
     train(world, name)
     assert client.wait(name, Condition.RUNNING, 60).status is not None
     assert [each.metadata.name for each in client.list()] == [name]
-    with pytest.raises(TooLongError, match=r"is not Complete or Failed after 0\.2 s"):
+    with pytest.raises(TooLongError, match=r"is not Complete or Failed or Stalled after 0\.2 s"):
         client.wait(name, seconds=0.2)
     assert client.suspend(name).spec.suspend
     world.suspend(name)
@@ -164,6 +164,18 @@ def test_a_job_that_the_api_server_refuses_is_told_in_its_words(
     done = cptjob("submit", str(file))
     assert done.returncode == 78
     assert "at most 40 characters" in done.stderr
+
+
+def test_a_job_that_is_refused_is_told_and_not_waited_for(
+    world: World, cptjob: Cptjob, tmp_path: Path
+) -> None:
+    file = tmp_path / "job.yaml"
+    text = TINY.read_text(encoding="utf-8")
+    file.write_text(text + "\n  scheduling: {pool: unknown}\n", encoding="utf-8")
+    done = cptjob("submit", str(file), "--watch")
+    assert done.returncode == 70
+    assert "Pending\n  spec.scheduling.pool: there is no pool unknown" in done.stdout
+    assert "Stalled" not in done.stderr
 
 
 def test_kubectl_finds_the_commands_as_a_plugin(world: World) -> None:

@@ -80,12 +80,33 @@ def test_kubectl_waits_until_the_job_is_complete(world: World, waiting: Any) -> 
 
 
 def test_kubectl_waits_until_a_job_has_failed(world: World, waiting: Any) -> None:
-    world.create("job", changes={"spec.scheduling": {"pool": "unknown"}})
-    assert waiting("Failed").wait(60) == 0
+    world.create("job")
+    failed = waiting("Failed")
+    world.prepare("job")
+    (pod,) = world.pods("coordinator")
+    said = {"exitCode": 65, "reason": "DataError", "message": "a.jsonl:7: not JSON"}
+    world.kubelet.exit(world.namespace, pod.metadata.name, 65, json.dumps(said))
+    assert failed.wait(60) == 0
     refused = world.plane.try_kubectl(
         *("wait", "--for=condition=Complete", "cptjob/job", "--timeout=0", "-n", world.namespace)
     )
     assert refused.returncode != 0
+
+
+def test_a_job_that_is_refused_is_stalled_until_kubectl_mends_it(
+    world: World, waiting: Any
+) -> None:
+    world.create("job", changes={"spec.scheduling": {"pool": "unknown"}})
+    assert waiting("Stalled").wait(60) == 0
+    assert row(world)["STATE"] == "Pending"
+    assert "pool" in world.condition("job", "Ready")["message"]
+    assert world.told("job", "InvalidSpec", "unknown")
+    assert (world.pods("coordinator"), world.children()) == ([], [])
+    change = json.dumps({"spec": {"scheduling": {"pool": None}}})
+    kubectl(world, "patch", "cptjob", "job", "--type=merge", "-p", change)
+    world.prepare("job")
+    world.run("job", 1)
+    assert not world.condition("job", "Stalled")
 
 
 def test_the_columns_tell_a_job_from_its_start_to_its_end(world: World) -> None:

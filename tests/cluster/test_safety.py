@@ -171,19 +171,20 @@ def test_no_name_and_no_address_leads_out(world: World, changes: Changes) -> Non
         if error.status not in (400, 404, 422):
             raise
         return
-    world.wait(lambda: world.condition(name, "Failed").get("status") == "True", "it to fail")
+    world.wait(lambda: world.condition(name, "Stalled"), "it to be refused")
     field = next(iter(changes)).removesuffix("[0].storageUri")
-    assert field in world.condition(name, "Failed")["message"]
+    assert field in world.condition(name, "Stalled")["message"]
     assert all_pods(world) == []
     assert world.children() == []
 
 
 def test_a_service_account_must_be_allowed_by_the_platform(world: World) -> None:
     world.create("other", changes={"spec.trainer.serviceAccountName": "builder"})
-    world.wait(lambda: world.condition("other", "Failed").get("status") == "True", "it to fail")
-    assert world.condition("other", "Failed")["message"] == (
+    world.wait(lambda: world.condition("other", "Stalled"), "it to be refused")
+    assert world.condition("other", "Stalled")["message"] == (
         "spec.trainer.serviceAccountName: builder is not allowed on this platform; use one of "
-        "default, trainer or leave it out"
+        "default, trainer or leave it out; edit the job, or the platform its settings, and it goes "
+        "on"
     )
     account = {"metadata": {"name": "trainer"}}
     world.core.create_namespaced_service_account(world.namespace, account)

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from datetime import timedelta
 
-from cptjob_api.conditions import Phase, Reason
+from cptjob_api.conditions import Condition, Phase, Reason
 from cptjob_api.status import ResolvedStatus
 from cptjob_operator.objects import pods
 from cptjob_operator.observed import Claim, Pod
@@ -13,22 +13,36 @@ from cptjob_operator.wanted import Event, Wanted
 
 
 def acceptance(look: Look) -> Wanted | Look | None:
-    """A new job: decide everything that it leaves out, once, or say why it cannot be done."""
+    """A new job: decide everything that it leaves out, once, or say why it cannot be done.
+
+    A job that is refused waits: its spec may still be changed, and so may the platform's settings.
+    """
     status = look.job.status
     before = status.resolved if status else None
     if before is not None:
         return None if look.observed.profile is not None else _restored(look, before)
     answer = accept.accept(look.job, look.settings)
     if isinstance(answer, accept.Refused):
-        return look.fail(
-            answer.reason, f"{answer.message}; mend it, then delete this job and make it again"
-        )
+        return _refused(look, answer)
     told = Event("Normal", Reason.ACCEPTED, Reason.ACCEPTED.sentence)
     return look.with_status(
         look.status.model_copy(update={"resolved": answer.resolved.status()}),
         observed=replace(look.observed, profile=answer.profile, config=answer.config),
         events=(*look.events, told),
     )
+
+
+def _refused(look: Look, answer: accept.Refused) -> Wanted:
+    message = f"{answer.message}; edit the job, or the platform its settings, and it goes on"
+    status = look.stand(
+        Phase.PENDING,
+        answer.reason,
+        message,
+        (Condition.STALLED, True, answer.reason, message),
+        (Condition.RECONCILING, False, answer.reason, message),
+        start_time=None,
+    )
+    return Wanted(status=status)
 
 
 def _restored(look: Look, before: ResolvedStatus) -> Wanted | Look:

@@ -51,6 +51,8 @@ RULES: tuple[Rule, ...] = (
 # What somebody has to mend or to provide before the job goes on.
 _OBSTACLES = frozenset(
     {
+        Reason.INVALID_SPEC,
+        Reason.NOT_SUPPORTED,
         Reason.LIMIT_EXCEEDED,
         Reason.WAITING_FOR_SECRET,
         Reason.WAITING_FOR_CLAIM,

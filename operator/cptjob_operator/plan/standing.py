@@ -28,16 +28,19 @@ def conditions(
 ) -> tuple[ConditionStatus, ...]:
     """The conditions of a job in `phase`, in the order of their definition.
 
-    `extra` holds those that the phase does not decide, such as CheckpointReady.
+    `extra` holds those that the phase does not decide, such as CheckpointReady, and those that are
+    otherwise than in other jobs of the phase.
     """
     kept = {each.type: each for each in before}
     row = _ROWS[phase]
     decided = [(kind, True, reason, message) for kind in row.true]
     decided += [(kind, False, reason, message) for kind in row.false]
+    held: set[Condition] = set()
     for kind, holds, why, text in (*decided, *extra):
+        (held.add if holds else held.discard)(kind)
         kept[kind] = _condition(kept.get(kind), kind, holds, why, text, generation, now)
     for kind in _ABSENT_UNLESS_TRUE:
-        if kind not in row.true:
+        if kind not in held:
             kept.pop(kind, None)
     if Condition.SUSPENDED in kept and phase is not Phase.SUSPENDED:
         old = kept[Condition.SUSPENDED]

@@ -981,3 +981,35 @@ def test_checkpoints_to_keep_that_were_accepted_are_no_fault_under_a_new_limit(
     job.get_ready(job.pod(Role.COORDINATOR))
     job.settle()
     assert job.phase is Phase.STARTING
+
+
+def test_a_job_that_is_refused_waits_untouched_and_goes_on_once_its_spec_is_mended(
+    world: MakeWorld,
+) -> None:
+    job = world(scheduling={"pool": "unknown"})
+    job.settle()
+    assert job.phase is Phase.PENDING
+    assert job.condition(Condition.STALLED) == ("True", "InvalidSpec")
+    assert job.condition(Condition.READY) == ("False", "InvalidSpec")
+    assert job.condition(Condition.RECONCILING) is None
+    assert job.condition(Condition.FAILED) is None
+    assert (job.made, job.children, job.status.start_time) == ([], {}, None)
+    assert [reason for reason, _ in job.events] == ["InvalidSpec"]
+    job.wait(3600)
+    assert job.step().status is None, "it is said once"
+    job.edit(scheduling={"pool": "a100"})
+    job.train()
+    assert job.condition(Condition.STALLED) is None
+    assert job.condition(Condition.READY) == ("True", "Running")
+
+
+def test_a_job_that_the_platform_refuses_goes_on_once_the_platform_allows_it(
+    world: MakeWorld,
+) -> None:
+    job = world(settings={"limits": {"maxNodes": 1}})
+    job.settle()
+    assert job.condition(Condition.STALLED) == ("True", "LimitExceeded")
+    assert "and it goes on" in job.status.condition(Condition.READY).message
+    job.settings = world().settings
+    job.train()
+    assert job.condition(Condition.STALLED) is None
