@@ -84,7 +84,6 @@ def _give_back(look: Look, pod: str, why: str) -> Wanted:
     )
     status = next_attempt(look.status).model_copy(
         update={
-            "restarts": look.status.restarts + 1,
             "retry_time": retry,
             "last_failure": restarts.not_started(pod, message, times, look.now),
         }

@@ -169,3 +169,21 @@ def test_a_gang_that_gets_no_new_worker_gives_back_the_others_in_time(world: Mak
     job.train()
     job.refused = {"Pod": "exceeded quota: gpus"}
     _waits_for_a_missing_worker(job)
+
+
+def test_gangs_that_did_not_start_never_use_up_what_a_job_may_restart(world: MakeWorld) -> None:
+    job = world(startupDeadlineSeconds=60)
+    cap = job.settings.limits.max_uncounted_restarts + job.job.spec.failure_policy.max_restarts
+    job.settle()
+    job.get_ready(job.pod(Role.COORDINATOR))
+    for _ in range(cap + 1):
+        job.settle()
+        assert job.workers
+        job.wait(61)
+        job.settle()
+        assert job.status.last_failure.reason == "NotStarted"
+        job.wait(3600)
+    job.train()
+    job.take_away(job.workers[0])
+    job.settle()
+    assert (job.phase, job.status.restarts) == (Phase.RESTARTING, 1)
