@@ -5,6 +5,7 @@ import heapq
 import math
 import random
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 
 from cptjob_operator.edge.api_errors import Throttled
@@ -18,6 +19,8 @@ Clock = Callable[[], float]
 #: One pass. Returns the seconds until the next one is due, or None.
 Pass = Callable[[JobKey], Awaitable[float | None]]
 
+_Wish = tuple[float, int, JobKey]
+
 #: Wishes that no longer hold stay in the heap until their time comes, or until they are so many.
 _STALE = 1000
 
@@ -25,13 +28,17 @@ _STALE = 1000
 class Queue:
     """Passes that are due.
 
-    limit: passes that may be under way at once. Times are seconds of `clock`, a monotonic one.
+    limit: passes that may be under way at once. share: of one namespace, so that one whose passes
+    are slow leaves some to the others. Times are seconds of `clock`, a monotonic one.
     """
 
-    def __init__(self, limit: int = 12, clock: Clock = time.monotonic) -> None:
-        self._limit, self._clock = limit, clock
+    def __init__(self, limit: int = 16, share: int = 12, clock: Clock = time.monotonic) -> None:
+        self._limit, self._share, self._clock = limit, share, clock
         self._due: dict[JobKey, float] = {}
-        self._heap: list[tuple[float, int, JobKey]] = []
+        self._heap: list[_Wish] = []
+        #: Wishes that are due, of namespaces that have their share: taken up as passes of it end.
+        self._parked: dict[str, list[_Wish]] = {}
+        self._of: Counter[str] = Counter()  # passes under way, by namespace
         self._count = 0
         self._active: set[JobKey] = set()
         self._failures: dict[JobKey, int] = {}
@@ -62,11 +69,18 @@ class Queue:
 
     async def run(self, work: Pass) -> None:
         """Runs passes until it is cancelled; those under way are then cancelled too."""
-        async with asyncio.TaskGroup() as group:
-            while True:
-                key = await self._next()
-                self._active.add(key)
-                group.create_task(self._one(key, work), name=f"pass of {key}")
+        try:
+            async with asyncio.TaskGroup() as group:
+                while True:
+                    key = await self._next()
+                    self._begin(key)
+                    group.create_task(self._one(key, work), name=f"pass of {key}")
+        finally:
+            for key in list(self._active):
+                self._end(key)  # it was cancelled before it began
+            for namespace, parked in list(self._parked.items()):
+                for _ in range(len(parked)):
+                    self._unpark(namespace)
 
     async def _next(self) -> JobKey:
         while True:
@@ -91,6 +105,7 @@ class Queue:
             at, _, key = self._heap[0]
             if self._due.get(key) != at:
                 heapq.heappop(self._heap)  # it was asked for earlier, or forgotten
+                self._unpark(key.namespace)
                 continue
             if at > now:
                 wait = at - now
@@ -99,12 +114,35 @@ class Queue:
             if key in self._active:
                 busy.append(entry)
                 continue
+            if self._of[key.namespace] >= self._share:
+                heapq.heappush(self._parked.setdefault(key.namespace, []), entry)
+                continue
             del self._due[key]
             found = key
             break
         for entry in busy:
             heapq.heappush(self._heap, entry)
         return found, wait
+
+    def _begin(self, key: JobKey) -> None:
+        self._active.add(key)
+        self._of[key.namespace] += 1
+
+    def _end(self, key: JobKey) -> None:
+        self._active.discard(key)
+        self._of[key.namespace] -= 1
+        if not self._of[key.namespace]:
+            del self._of[key.namespace]
+        self._unpark(key.namespace)
+        self._wake.set()
+
+    def _unpark(self, namespace: str) -> None:
+        """One of the namespace may begin: the one that waits for longest."""
+        parked = self._parked.get(namespace)
+        if parked:
+            heapq.heappush(self._heap, heapq.heappop(parked))
+            if not parked:
+                del self._parked[namespace]
 
     async def _one(self, key: JobKey, work: Pass) -> None:
         try:
@@ -119,8 +157,7 @@ class Queue:
             if again is not None:
                 self.add(key, again)
         finally:
-            self._active.discard(key)
-            self._wake.set()
+            self._end(key)
 
     def _backoff(self, key: JobKey, error: Exception) -> float:
         """Doubling, within a factor of two of chance, and no less than the API server asks for."""

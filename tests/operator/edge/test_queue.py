@@ -96,6 +96,70 @@ def test_no_more_passes_than_the_limit_are_under_way() -> None:
     assert most == 2
 
 
+def test_a_namespace_whose_passes_are_slow_leaves_some_to_the_others() -> None:
+    """And each of its own jobs gets its pass in the end, in their order."""
+    slow = [JobKey("slow", f"{number:02}") for number in range(30)]
+    done: list[JobKey] = []
+    active = most = 0
+    over, let = asyncio.Event(), asyncio.Event()
+    queue = Queue(limit=4, share=3)
+
+    async def work(key: JobKey) -> None:
+        nonlocal active, most
+        if key == A:
+            let.set()
+        else:
+            active += 1
+            most = max(most, active)
+            await let.wait()
+            active -= 1
+        done.append(key)
+        if len(done) == len(slow):  # one was forgotten
+            over.set()
+
+    async def test() -> None:
+        while active < 3:
+            await asyncio.sleep(0.01)
+        queue.forget(slow[5])
+        queue.add(A)
+        await over.wait()
+
+    for key in slow:
+        queue.add(key)
+    running(queue, work, test())
+    assert (done[0], most) == (A, 3)
+    assert done[1:] == [key for key in slow if key != slow[5]]
+
+
+def test_what_waited_when_the_lease_went_gets_its_pass_when_it_comes_back() -> None:
+    queue = Queue(limit=4, share=1)
+    for key in (A, B, C):
+        queue.add(key)
+    begun, done = asyncio.Event(), list[JobKey]()
+
+    async def hang(key: JobKey) -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    async def work(key: JobKey) -> None:
+        done.append(key)
+
+    async def test() -> None:
+        first = asyncio.create_task(queue.run(hang))
+        await begun.wait()
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        assert queue.active == 0
+        second = asyncio.create_task(queue.run(work))
+        async with asyncio.timeout(10):
+            while len(done) < 2:
+                await asyncio.sleep(0.01)
+        second.cancel()
+
+    asyncio.run(test())
+    assert done == [B, C]
+
+
 def test_the_earliest_wish_holds() -> None:
     now = 0.0
     queue = Queue(clock=lambda: now)
@@ -124,7 +188,7 @@ def test_a_failed_pass_waits_longer_each_time_whatever_happens_meanwhile() -> No
         for _ in range(6):
             queue.add(A)
             assert queue._ready()[0] == A
-            queue._active.add(A)
+            queue._begin(A)
             await queue._one(A, fail)
             queue.add(A)  # an event comes in
             _, wait = queue._ready()
@@ -146,7 +210,7 @@ def test_what_happens_during_a_pass_that_fails_waits_too() -> None:
     async def test() -> None:
         queue.add(A)
         assert queue._ready()[0] == A
-        queue._active.add(A)
+        queue._begin(A)
         await queue._one(A, work)
         key, wait = queue._ready()
         assert key is None
@@ -200,7 +264,7 @@ def test_the_api_servers_own_wish_is_kept_to() -> None:
     async def test() -> None:
         queue.add(A)
         assert queue._ready()[0] == A
-        queue._active.add(A)
+        queue._begin(A)
         await queue._one(A, work)
         assert queue._ready() == (None, 7.0)
 
