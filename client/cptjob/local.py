@@ -28,6 +28,7 @@ from torchx.schedulers.local_scheduler import CWDImageProvider, LocalScheduler
 from torchx.specs import AppDef, Role
 
 from cptjob.live import LiveDisplay
+from cptjob_trainer import lineage
 from cptjob_trainer.config import TrainerConfig
 from cptjob_trainer.errors import OutputBusyError, OutputError
 
@@ -327,7 +328,8 @@ def _read_termination(path: Path) -> dict[str, Any] | None:
 
 
 def run(config: TrainerConfig, display: LiveDisplay, environment: dict[str, str]) -> Ending:
-    """Runs the job to its end. Raises OutputError, OutputBusyError before anything is started.
+    """Runs the job to its end. Raises OutputError, OutputBusyError, MismatchError before anything
+    is started, and what the check of the model raises.
 
     ``environment`` is added to that of the processes. Must be called from the main thread: the
     processes follow the thread that starts them, and signals arrive there.
@@ -336,6 +338,7 @@ def run(config: TrainerConfig, display: LiveDisplay, environment: dict[str, str]
     with ClientLock(output):
         grace = config.checkpoint.grace_period_seconds + 10.0
         _wait_for_orphan(output, grace, display.say)
+        lineage.check_before_preparing(config)
         directory = _make_run_directory(output, config.name)
         config_path = directory / "config.json"
         config.dump(config_path)

@@ -49,6 +49,15 @@ def test_another_model_or_seed_is_refused_with_both_values(lab: Any) -> None:
     assert lab.names() == ["step-1.1"]
 
 
+def test_of_another_model_or_data_a_person_is_told_the_names(lab: Any) -> None:
+    lab.train(1)
+    inputs = {"model": "pvc://models/base"}
+    with pytest.raises(MismatchError) as caught:
+        lab.make(lineage={"model": "m2", "seed": 0}, inputs=inputs).open()
+    told = "the checkpoint's model has other contents than this job's pvc://models/base. Restore"
+    assert told in str(caught.value)
+
+
 def test_start_new_keeps_the_old_run_until_the_first_new_checkpoint(lab: Any) -> None:
     other = {"lineage": {"model": "m2", "seed": 0}, "on_mismatch": "StartNew"}
     lab.train(3)

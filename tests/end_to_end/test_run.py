@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 MakeJob = Callable[..., Any]
@@ -80,9 +80,13 @@ def test_a_lora_job_leaves_its_adapter_and_a_model_with_the_adapter_merged(
     merged = PeftModel.from_pretrained(base, job.output / "adapter").merge_and_unload()
     expected = merged.state_dict()
     ours = AutoModelForCausalLM.from_pretrained(job.output / "model", dtype=torch.float32)
+    # The adapter knows its base.
+    alone = AutoPeftModelForCausalLM.from_pretrained(job.output / "adapter", dtype=torch.float32)
+    by_itself = alone.merge_and_unload().state_dict()
     learnt = 0
     for name, value in ours.state_dict().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(value, by_itself[name], rtol=1e-5, atol=1e-6)
         learnt += not torch.equal(value, untrained[name])
     assert learnt > 0
 
@@ -119,14 +123,15 @@ def test_another_learning_rate_is_refused_with_both_values(
     stopped: Stopped, make_job: MakeJob
 ) -> None:
     job = make_job("other-rate", like=stopped[0], training={"learningRate": 0.001})
-    saved = job.checkpoints()
+    before = {path: path.stat().st_mtime_ns for path in job.output.rglob("[!.]*")}
     code, _, errors = job.run()
     assert code == 78, errors
     last = next(line for line in errors.splitlines() if line.startswith("error: "))
     assert "learningRate" in last
     assert "0.003" in last
     assert "0.001" in last
-    assert job.checkpoints() == saved
+    # Nothing was prepared, and no logs were begun.
+    assert {path: path.stat().st_mtime_ns for path in job.output.rglob("[!.]*")} == before
 
 
 def test_another_division_of_a_step_goes_on(

@@ -12,7 +12,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -59,6 +59,10 @@ class Scan:
         """The checkpoints of other runs that count."""
         return [stored for stored in self.counted if stored.lineage != lineage]
 
+    def last_written(self) -> Stored | None:
+        """Of the checkpoints that count the one that was written last."""
+        return max(self.counted, key=lambda stored: (stored.generation, stored.step), default=None)
+
     def taken_over(self, lineage: dict[str, Any]) -> Stored | None:
         """The newest checkpoint of another run, when one wrote here after the run of `lineage`."""
         others = self.others(lineage)
@@ -83,13 +87,18 @@ def _last_written(stored: list[Stored]) -> tuple[int, int]:
     return max(((each.generation, each.step) for each in stored), default=(-1, -1))
 
 
-def mismatch(stored: Stored, lineage: dict[str, Any]) -> str:
-    """One sentence naming each value that differs between a checkpoint and the run."""
+def mismatch(stored: Stored, lineage: dict[str, Any], named: Mapping[str, str]) -> str:
+    """One sentence naming each value that differs between a checkpoint and the run.
+
+    `named` has a person's words for the run's values that say nothing to a person.
+    """
     absent = object()
     parts = []
     for key in sorted(stored.lineage.keys() | lineage.keys()):
         theirs, ours = stored.lineage.get(key, absent), lineage.get(key, absent)
-        if theirs != ours:
+        if theirs != ours and key in named:
+            parts.append(f"the checkpoint's {key} has other contents than this job's {named[key]}")
+        elif theirs != ours:
             told = ["absent" if value is absent else json.dumps(value) for value in (theirs, ours)]
             parts.append(f"{key} is {told[0]} in the checkpoint and {told[1]} in this job")
     return f"the checkpoint {stored.path} belongs to another run: {'; '.join(parts)}"

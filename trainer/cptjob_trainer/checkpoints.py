@@ -32,11 +32,11 @@ from cptjob_trainer.disk import amount, create, is_full, sync_directory
 from cptjob_trainer.errors import (
     CheckpointError,
     ConfigError,
-    MismatchError,
     OutputBusyError,
     OutputError,
     StorageFullError,
 )
+from cptjob_trainer.lineage import refused
 from cptjob_trainer.ranks import Ranks
 
 MOST_KEPT: Final = 5000
@@ -70,7 +70,8 @@ class Checkpoints:
     Making it, and `open`, `load` and `save`, are collective: all ranks call them in the same order.
     When one rank fails, all raise the same error.
 
-    `lineage` holds what must match to continue (model, data, seed, ...), as JSON values. With
+    `lineage` holds what must match to continue (model, data, seed, ...), as JSON values, and `inputs`
+    a person's words for those of it that are fingerprints. With
     `on_mismatch` "Refuse" another lineage is a MismatchError. With "StartNew" the run begins anew;
     what is there stays until the first new checkpoint is complete, and is deleted then, also when
     `keep_last` is None, which otherwise keeps all, up to 5000.
@@ -84,6 +85,7 @@ class Checkpoints:
         lineage: dict[str, Any],
         keep_last: int | None,
         on_mismatch: str,
+        inputs: Mapping[str, str] | None = None,
         rank: int = 0,
         world: int = 1,
     ) -> None:
@@ -98,6 +100,7 @@ class Checkpoints:
         self.warnings: list[str] = []
         self._uid = uid
         self._lineage: dict[str, Any] = json.loads(json.dumps(lineage))
+        self._inputs = dict(inputs or {})
         self._keep_last = keep_last
         self._on_mismatch = on_mismatch
         self._ranks = Ranks(rank, world)
@@ -152,12 +155,9 @@ class Checkpoints:
 
     def _told_of(self, theirs: Stored, found: Scan) -> str:
         """What happens as the folder is another run's; a MismatchError when nothing may."""
-        differs = mismatch(theirs, self._lineage)
         if self._on_mismatch == "Refuse":
-            raise MismatchError(
-                f"{differs}. Restore the old value, give another output, or set "
-                "checkpoint.onMismatch: StartNew to begin anew"
-            )
+            raise refused(theirs, self._lineage, self._inputs)
+        differs = mismatch(theirs, self._lineage, self._inputs)
         return (
             f"{differs}. As checkpoint.onMismatch is StartNew, training begins anew; "
             f"{len(found.others(self._lineage))} older checkpoint(s) are deleted once the first "

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from cptjob_trainer import activations, compiling, pretrained, result, sharding
+from cptjob_trainer import activations, compiling, lineage, pretrained, sharding
 from cptjob_trainer.batch import Batch, BatchShape
 from cptjob_trainer.batcher import Batcher
 from cptjob_trainer.checkpoints import Checkpoints
@@ -60,7 +60,8 @@ def assemble(config: TrainerConfig, prepared: Prepared, runtime: Runtime) -> Com
         checkpoints=Checkpoints(
             config.paths.output / "checkpoints",
             uid=config.uid,
-            lineage=result.lineage(config, prepared),
+            lineage=lineage.lineage(config, prepared),
+            inputs=lineage.inputs(config),
             keep_last=config.checkpoint.keep_last,
             on_mismatch=config.checkpoint.on_mismatch,
             rank=runtime.rank,

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from cptjob_trainer import lifeline, presets, termination
+from cptjob_trainer import lifeline, lineage, presets, termination
 from cptjob_trainer.config import TrainerConfig, digest
 from cptjob_trainer.errors import NEVER_RETRIED, Stopped
 from cptjob_trainer.progress import STORE_KEY, Progress, ProgressServer, Resolved
@@ -107,6 +107,7 @@ def _coordinate(options: argparse.Namespace) -> None:
     lifetime.follow()
     server = ProgressServer(options.host, options.http_port)
     _write_address(options, HTTP_FILE, server.port)
+    lineage.check_before_preparing(config)
     prepared = _prepare(options.prepare, config, server, lifetime)
     for warning in prepared.warnings:
         print(f"warning: {warning}", flush=True)

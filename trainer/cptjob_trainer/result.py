@@ -1,4 +1,4 @@
-"""What a run is and what it leaves: the lineage that must match to continue, and the result."""
+"""What a run leaves: the result, and the manifest that tells of it."""
 
 import logging
 import shutil
@@ -12,7 +12,7 @@ import torch
 
 from cptjob_trainer import failpoints, output, swap
 from cptjob_trainer.checkpoint_manifest import software
-from cptjob_trainer.config import DIVISION, TrainerConfig, digest
+from cptjob_trainer.config import TrainerConfig, digest
 from cptjob_trainer.disk import file_digest, sync_directory, write_json
 from cptjob_trainer.evaluate import HeldOut
 from cptjob_trainer.metrics import finite
@@ -23,18 +23,6 @@ from cptjob_trainer.state import LoopState
 log = logging.getLogger(__name__)
 
 _NOT_FINITE = "the model's loss on this text is not a finite number"
-
-
-def lineage(config: TrainerConfig, prepared: Prepared) -> dict[str, Any]:
-    """What a checkpoint must agree with to be continued, under the names of the manifest."""
-    training = config.training
-    values = training.model_dump(mode="json", by_alias=True, exclude=set(DIVISION))
-    return {
-        "model": prepared.model_fingerprint,
-        "data": prepared.data_fingerprint,
-        "totalSteps": prepared.total_steps,
-        **{f"training.{name}": value for name, value in values.items()},
-    }
 
 
 def publish(
@@ -65,7 +53,7 @@ def publish(
                 rank=lora.rank,
                 alpha=lora.alpha,
                 dropout=lora.dropout,
-                base=config.model.uri,
+                base=str(model_dir.absolute()),
             )
     if rank == 0:
         value = manifest(config, prepared, state, base, world)
