@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from cptjob_api.conditions import Condition, Phase, Reason
 from cptjob_api.faults import explain
@@ -16,7 +16,7 @@ from cptjob_operator.edge.api_errors import ApiError, NotLeader
 from cptjob_operator.edge.cluster import Cluster, Stale, Unreadable
 from cptjob_operator.identity import MANAGER, JobKey
 from cptjob_operator.metrics import Metrics
-from cptjob_operator.observed import Observed
+from cptjob_operator.observed import Observed, parse_time
 from cptjob_operator.settings import Settings
 from cptjob_operator.wanted import Event, Wanted
 
@@ -30,6 +30,7 @@ _AT_ONCE_SECONDS = 0.02
 #: A lease that was late may be renewed; whoever takes it from us looks at every job anyway.
 _NOT_LEADER_SECONDS = 5.0
 _MESSAGE_CHARACTERS = 1000
+_NEVER = datetime.max.replace(tzinfo=UTC)
 
 
 class Reconciler:
@@ -126,6 +127,9 @@ class Reconciler:
         manager = spec.get("managedBy") if isinstance(spec, dict) else None
         if manager not in (None, MANAGER):
             return "unchanged", None
+        due = _end_of_finished(job)
+        if due is not None:
+            return await self._outlive(key, about["uid"], due)
         message = _faults(error)
         patch = _stalled(job, message, self._now())
         self._uids[key] = about["uid"]
@@ -135,6 +139,31 @@ class Reconciler:
         event = Event("Warning", Reason.INVALID_SPEC, message)
         self._cluster.tell_of(key, about["uid"], event)
         return "unreadable", None
+
+    async def _outlive(self, key: JobKey, uid: str, due: datetime) -> tuple[str, float | None]:
+        """A job that has ended needs no reading any more; it goes when its time is over."""
+        self._uids[key] = uid
+        if due == _NEVER:
+            return "unreadable", None
+        left = (due - self._now()).total_seconds()
+        if left > 0.0:
+            return "unreadable", left
+        await self._cluster.delete_job(key, uid)
+        return "unreadable", None
+
+
+def _end_of_finished(job: Document) -> datetime | None:
+    """When a job that has ended is to go, or `_NEVER`; None for one that has not ended."""
+    status, spec = job.get("status"), job.get("spec")
+    status = status if isinstance(status, dict) else {}
+    if status.get("phase") not in (Phase.COMPLETE, Phase.FAILED):
+        return None
+    ttl = spec.get("ttlSecondsAfterFinished") if isinstance(spec, dict) else None
+    try:
+        ended = parse_time(status.get("completionTime"))
+        return ended + timedelta(seconds=ttl) if ended and isinstance(ttl, int) else _NEVER
+    except (TypeError, ValueError, OverflowError):
+        return _NEVER
 
 
 def _faults(error: Unreadable) -> str:

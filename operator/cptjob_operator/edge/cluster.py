@@ -365,6 +365,13 @@ class Cluster:
         if kind is kinds.POD and answer.get("kind") == "Pod":
             self._known.put_pod(answer, own=True)
 
+    async def delete_job(self, key: JobKey, uid: str) -> None:
+        """Deletes the job of that uid, which cannot be read as one."""
+        try:
+            await self._api.delete(kinds.JOB, key.namespace, key.name, uid)
+        except (Conflict, NotFound):
+            self._known.drop_job(key, uid)
+
     async def _uid_of(self, kind: kinds.Kind, namespace: str, name: str) -> str | None:
         try:
             return str((await self._api.get(kind, namespace, name))["metadata"]["uid"])

@@ -96,6 +96,26 @@ def test_a_job_that_cannot_be_read_is_told_so_once(with_server: Test) -> None:
     with_server(test)
 
 
+def test_a_finished_job_that_cannot_be_read_keeps_its_end_and_goes_in_time(
+    with_server: Test,
+) -> None:
+    async def test(server: Any) -> None:
+        bench = Bench(server, never)
+        body = sound_body(phase="Complete", completionTime="2026-01-31T11:59:00Z")
+        body["spec"] |= {"unheardOf": 1, "ttlSecondsAfterFinished": 90}
+        bench.cache.put_job(body)
+        assert await bench.reconciler.reconcile(KEY) == 30.0
+        assert server.requests == []
+        body["metadata"]["resourceVersion"] = "2"
+        body["spec"]["ttlSecondsAfterFinished"] = 60
+        bench.cache.put_job(body)
+        assert await bench.reconciler.reconcile(KEY) is None
+        assert [method for method, _ in server.requests] == ["DELETE"]
+        await bench.api.close()
+
+    with_server(test)
+
+
 def test_a_job_of_another_manager_is_left_alone_even_when_it_cannot_be_read(
     with_server: Test,
 ) -> None:
