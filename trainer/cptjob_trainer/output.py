@@ -61,7 +61,8 @@ def publish_adapter(
 ) -> Published:
     """Write the LoRA tensors in `state` as `OUT/adapter/`, in PEFT's format.
 
-    `rank` is LoRA's; `base` names the model that the adapter belongs to.
+    `rank` is LoRA's; `base` is where the model lies that the adapter belongs to, as
+    `AutoPeftModel.from_pretrained` loads it.
     """
     tensors = {
         "base_model.model." + name.replace(".default.", "."): whole(value)
