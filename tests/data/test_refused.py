@@ -36,6 +36,18 @@ def test_a_tokenizer_of_another_model_is_refused(
         prepare(job(path, model=model), packs=make.packs)
 
 
+@pytest.mark.parametrize("text", ["{}", "cut"])
+def test_a_broken_tokenizer_is_refused_by_the_check_too(
+    text: str, tmp_path: Path, make: SimpleNamespace, job: Job, kinds: dict[str, Tokenizer]
+) -> None:
+    path = make.texts(tmp_path / "data.jsonl", make.sentences(9))
+    model = make.model(tmp_path / "other", kinds["gpt2"])
+    file = model / "tokenizer.json"
+    file.write_text(file.read_text("utf-8")[:500] if text == "cut" else text, "utf-8")
+    with pytest.raises(DataError, match=r"tokenizer\.json: .*copy it from the base model"):
+        check(job(path, model=model))
+
+
 def test_only_tolerated_bad_lines_leave_nothing_to_train_on(
     tmp_path: Path, make: SimpleNamespace, job: Job
 ) -> None:

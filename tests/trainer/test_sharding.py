@@ -11,6 +11,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from cptjob_trainer import pretrained, sharding
+from cptjob_trainer.errors import DataError
 
 Build = Callable[..., Any]
 ARCHITECTURES = [
@@ -55,6 +56,22 @@ def described(lm: Any) -> dict[str, Any]:
         name: (tensor.shape, tensor.dtype, tensor.requires_grad)
         for name, tensor in sharding.tensors(lm).items()
     }
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_their_tensor(
+    value: float, packed: bool, model_dir: Build, config: Build
+) -> None:
+    path = model_dir("llama")
+    file = path / "model.safetensors"
+    weights = load_file(file)
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights[name][0, :2] = value
+    save_file(weights, file, {"format": "pt"})
+    count = f"2 of the {weights[name].numel():,} numbers of the tensor {name} are NaN or infinite"
+    with pytest.raises(DataError, match=count):
+        pretrained.load(config(path), packed=packed)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, replace
@@ -70,8 +71,10 @@ def check(
     stop: Callable[[], bool] = lambda: False,
     processes: int | None = None,
 ) -> Checked:
-    """Check model and data as `prepare` does, without writing anything."""
+    """Check model, tokenizer and data as `prepare` does, without writing anything."""
     model = _checked_model(config)
+    with tempfile.TemporaryDirectory(prefix="cptjob-check-") as scratch:
+        tokenizer.load(model.path, Path(scratch))
     corpus = Corpus(config)
     reading = lambda done, total: report("Validating", done, total)  # noqa: E731
     corpus.read(VALIDATE, reading, stop=stop, processes=processes)

@@ -9,15 +9,15 @@ from torch import nn
 
 from cptjob_trainer import attention, dropout, dropout_rates, isolation
 from cptjob_trainer.config import ResolvedTraining, TrainerConfig
-from cptjob_trainer.errors import ConfigError
+from cptjob_trainer.errors import ConfigError, DataError
 from cptjob_trainer.model import decoder_layers
 
 
 def load(config: TrainerConfig, packed: bool) -> Any:
     """The whole model in fp32 on the CPU, its attention chosen by trying it.
 
-    Raises ConfigError for dropouts and adapters that have no place in it, and for weights with
-    which packed rows do not work.
+    Raises DataError for weights that are not finite, ConfigError for dropouts and adapters that
+    have no place in it, and for weights with which packed rows do not work.
     """
     from transformers import AutoModelForCausalLM
 
@@ -31,6 +31,7 @@ def load(config: TrainerConfig, packed: bool) -> Any:
         trust_remote_code=False,
         use_safetensors=True,
     )
+    _refuse_not_finite(lm, Path(config.model.path))
     _choose_attention(lm, packed, dropout_rates.active(lm, model_config))
     _adapt(lm, config.training, missing)
     return lm
@@ -79,6 +80,18 @@ def _adapt(lm: Any, training: ResolvedTraining, missing: list[str]) -> None:
     dropout_rates.inject(layers, _rates(training), missing)
     dropout.mark_layers(layers)
     lm.config.use_cache = False
+
+
+def _refuse_not_finite(lm: nn.Module, path: Path) -> None:
+    for name, parameter in lm.named_parameters():
+        # One pass over the memory; only a sum that is not finite is worth looking at each number.
+        if torch.isfinite(parameter.sum()) or torch.isfinite(parameter).all():
+            continue
+        count = int((~torch.isfinite(parameter)).sum())
+        raise DataError(
+            f"{path}: {count:,} of the {parameter.numel():,} numbers of the tensor {name} are NaN or "
+            "infinite; copy the model anew, or save it again from a sound one"
+        )
 
 
 def _choose_attention(lm: Any, packed: bool, dropping: bool) -> None:
