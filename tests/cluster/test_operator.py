@@ -100,6 +100,32 @@ def test_a_quota_for_some_pods_is_told_and_the_rest_follow_when_it_is_raised(
     world.wait(lambda: len(world.pods()) == 8, "the other workers")
 
 
+def test_children_that_somebody_deleted_are_there_again_before_a_worker_is_replaced(
+    world: World, start: Start
+) -> None:
+    """Nobody watches them, and a pod without its ConfigMap would hang for ever."""
+    start().wait_leading()
+    world.create("job", workers=2)
+    world.prepare("job")
+    world.run("job", 2)
+    name = str(world.children()[0].metadata.name)
+    network = client.NetworkingV1Api(world.core.api_client)
+    for delete in (
+        world.core.delete_namespaced_config_map,
+        world.core.delete_namespaced_service,
+        network.delete_namespaced_network_policy,
+    ):
+        delete(name, world.namespace)
+    world.wait(lambda: not world.children(), "all to be gone")
+    gone = world.pods()[0].metadata.name
+    world.core.delete_namespaced_pod(gone, world.namespace, grace_period_seconds=0)
+    world.wait(lambda: len(world.living("job")) == 2, "another worker")
+    newest = max(pod.metadata.creation_timestamp for pod in world.pods())
+    made = world.children()
+    assert sorted(each.metadata.name for each in made) == [name] * 3
+    assert all(each.metadata.creation_timestamp <= newest for each in made)
+
+
 def test_what_belongs_to_others_is_not_touched(world: World, start: Start) -> None:
     uid = world.create("job")["metadata"]["uid"]
     name = f"job-{uid[:5]}"
