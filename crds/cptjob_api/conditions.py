@@ -156,6 +156,11 @@ class Reason(_Word):
         "The output has the model of a job that is the same.",
         "Nothing; give the job another name or output to train again.",
     )
+    ALREADY_ENDED = (
+        "AlreadyEnded",
+        "The job has ended: a change of its spec, but of ttlSecondsAfterFinished, does nothing any more.",
+        "Delete the job and make it again: it goes on from what it has saved.",
+    )
     INVALID_SPEC = (
         "InvalidSpec",
         "The spec asks for what cannot be done.",

@@ -34,6 +34,9 @@ def finished(look: Look) -> Wanted | None:
         return None
     deletions = delete(look.gang.active, "the job has ended") + look.stuck() + look.old()
     written = None
+    events: tuple[Event, ...] = ()
+    if status.observed_generation != look.generation:
+        events = (Event("Warning", Reason.ALREADY_ENDED, Reason.ALREADY_ENDED.sentence),)
     if status.observed_generation != look.generation or _counts_differ(look):
         was = status.condition(
             Condition.COMPLETE if status.phase is Phase.COMPLETE else Condition.FAILED
@@ -43,10 +46,10 @@ def finished(look: Look) -> Wanted | None:
         written = look.stand(status.phase, reason, was.message if was else "")
     ttl = look.spec.ttl_seconds_after_finished
     if ttl is None or status.completion_time is None:
-        return Wanted(status=written, deletions=deletions)
+        return Wanted(status=written, deletions=deletions, events=events)
     due = status.completion_time + timedelta(seconds=ttl)
     if look.now < due:
-        return Wanted(status=written, deletions=deletions, again=due)
+        return Wanted(status=written, deletions=deletions, events=events, again=due)
     gone = Deletion("CPTJob", look.job.metadata.name, look.uid, why="ttlSecondsAfterFinished")
     return Wanted(deletions=(*deletions, gone))
 

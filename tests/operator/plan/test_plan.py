@@ -1013,3 +1013,17 @@ def test_a_job_that_the_platform_refuses_goes_on_once_the_platform_allows_it(
     job.settings = world().settings
     job.train()
     assert job.condition(Condition.STALLED) is None
+
+
+def test_a_change_of_a_job_that_has_ended_is_answered_once(world: MakeWorld) -> None:
+    job = world()
+    job.train()
+    job.succeed(job.pod(Role.COORDINATOR), "Complete")
+    job.settle()
+    assert job.phase is Phase.COMPLETE
+    job.events.clear()
+    job.edit(activeDeadlineSeconds=99)
+    job.settle()
+    assert [reason for reason, _ in job.events] == ["AlreadyEnded"]
+    assert job.condition(Condition.COMPLETE) == ("True", "Complete")
+    assert job.status.observed_generation == job.generation
