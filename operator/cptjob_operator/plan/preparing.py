@@ -3,6 +3,7 @@
 from dataclasses import replace
 from datetime import timedelta
 
+from cptjob_api import resources
 from cptjob_api.conditions import Condition, Phase, Reason
 from cptjob_api.status import ResolvedStatus
 from cptjob_operator.objects import pods
@@ -24,11 +25,14 @@ def acceptance(look: Look) -> Wanted | Look | None:
     answer = accept.accept(look.job, look.settings)
     if isinstance(answer, accept.Refused):
         return _refused(look, answer)
-    told = Event("Normal", Reason.ACCEPTED, Reason.ACCEPTED.sentence)
+    told = [Event("Normal", Reason.ACCEPTED, Reason.ACCEPTED.sentence)]
+    idle = resources.idle_gpus(look.job, answer.profile.gpus_per_node)
+    if idle:
+        told.append(Event("Warning", Reason.ACCEPTED, idle))
     return look.with_status(
         look.status.model_copy(update={"resolved": answer.resolved.status()}),
         observed=replace(look.observed, profile=answer.profile, config=answer.config),
-        events=(*look.events, told),
+        events=(*look.events, *told),
     )
 
 

@@ -1027,3 +1027,14 @@ def test_a_change_of_a_job_that_has_ended_is_answered_once(world: MakeWorld) -> 
     assert [reason for reason, _ in job.events] == ["AlreadyEnded"]
     assert job.condition(Condition.COMPLETE) == ("True", "Complete")
     assert job.status.observed_generation == job.generation
+
+
+@pytest.mark.parametrize(("processes", "told"), [(1, True), (None, False)])
+def test_gpus_that_no_process_uses_are_told_at_acceptance(
+    processes: int | None, told: bool, world: MakeWorld
+) -> None:
+    limits = {"nvidia.com/gpu": "8"}
+    job = world(trainer={"numProcPerNode": processes, "resourcesPerNode": {"limits": limits}})
+    job.settle()
+    warnings = [message for reason, message in job.events if "numProcPerNode" in message]
+    assert bool(warnings) == told
