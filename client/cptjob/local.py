@@ -213,7 +213,7 @@ class _Run:
     stop: _Stop
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     address: str = ""
-    warned: bool = False
+    warned: int = 0
 
     def watch(self) -> Ending:
         """Shows progress until the job has ended, and says how."""
@@ -294,11 +294,11 @@ class _Run:
                 self.address = (self.directory / _HTTP_FILE).read_text().strip()
         if self.address and (progress := read_progress(self.address)) is not None:
             self.display.update(progress)
-        if not self.warned:
-            with contextlib.suppress(OSError):
-                for line in (self.directory / _WARNINGS_FILE).read_text().splitlines():
-                    self.display.say(f"warning: {line}")
-                self.warned = True
+        with contextlib.suppress(OSError):
+            lines = (self.directory / _WARNINGS_FILE).read_text().splitlines()
+            for line in lines[self.warned :]:
+                self.display.say(f"warning: {line}")
+            self.warned = len(lines)
 
     def kill(self) -> None:
         """Ends every process at once; workers die with their launcher."""

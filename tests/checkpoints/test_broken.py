@@ -122,7 +122,7 @@ def test_several_broken_ones_are_passed_over_and_none_left_begins_anew_aloud(lab
     checkpoints = lab.make()
     assert checkpoints.open().step == 1
     assert [warning.split(":")[0] for warning in checkpoints.warnings] == [
-        f"skipped {lab.directory / name}" for name in ("step-3.1", "step-2.1")
+        f"skipped the checkpoint {lab.directory / name}" for name in ("step-3.1", "step-2.1")
     ]
     truncate(lab.directory / "step-1.1")
     checkpoints = lab.make()

@@ -128,6 +128,20 @@ def test_an_error_of_a_worker_is_one_line_with_its_exit_code(client: Client) -> 
     assert _processes_of(client.output) == []
 
 
+def test_a_dead_worker_is_told_in_a_line_with_what_is_done_about_it(client: Client) -> None:
+    client.name("crash-1")
+    code, _, errors = client.end(client.run())
+    assert code == 0, errors
+    told = [line for line in errors.splitlines() if line.startswith("warning: ")]
+    restarted = (
+        "rank 0 was ended by SIGKILL (often: out of memory); the workers are restarted and go on "
+        "from the newest checkpoint (restart 1 of 3)"
+    )
+    assert told == ["warning: little data", f"warning: {restarted}"]
+    (file,) = client.output.glob("logs/*/warnings.txt")
+    assert file.read_text().splitlines() == ["little data", restarted]
+
+
 def test_an_error_of_the_data_is_one_line_with_its_exit_code(client: Client) -> None:
     client.name("bad")
     code, _, errors = client.end(client.run())

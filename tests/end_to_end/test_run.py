@@ -119,6 +119,23 @@ def test_ctrl_c_saves_and_says_how_to_go_on(stopped: Stopped) -> None:
     assert not (job.output / "manifest.json").exists()
 
 
+def test_a_broken_checkpoint_that_is_skipped_is_told_on_the_console(
+    stopped: Stopped, make_job: MakeJob
+) -> None:
+    job = make_job("broken", like=stopped[0])
+    newest = max(
+        job.output.glob("checkpoints/step-*"), key=lambda path: float(path.name[len("step-") :])
+    )
+    file = newest / "rank-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    code, _, errors = job.run()
+    assert code == 0, errors
+    (told,) = (line for line in errors.splitlines() if newest.name in line)
+    assert told.startswith(f"warning: skipped the checkpoint {newest}: {file.name} has")
+    assert told.endswith("an older one is tried, and this one is deleted after the next save")
+    assert not newest.exists()
+
+
 def test_another_learning_rate_is_refused_with_both_values(
     stopped: Stopped, make_job: MakeJob
 ) -> None:

@@ -121,8 +121,11 @@ class Agent(SimpleElasticAgent):
         max_restarts: int,
         settings: AgentSettings,
         said_by_others: Callable[[], Termination | None] = lambda: None,
+        warn: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """``said_by_others`` tells how the job ended when another launcher has ended it."""
+        """``said_by_others`` tells how the job ended when another launcher has ended it; ``warn``
+        takes what the person should know while the job goes on.
+        """
         spec = WorkerSpec(
             role="trainer",
             local_world_size=processes,
@@ -144,6 +147,7 @@ class Agent(SimpleElasticAgent):
         self._kill_at = float("inf")
         self._starts = 0
         self._said_by_others = said_by_others
+        self._warn = warn
         self._next_question = 0.0
 
     # --- stopping -----------------------------------------------------------------------------
@@ -312,6 +316,10 @@ class Agent(SimpleElasticAgent):
             total = self._worker_group.spec.max_restarts
             _say(
                 f"{root.message}\nrestarting the workers in place ({self.restarts} of {total})",
+            )
+            self._warn(
+                f"{root.message}; the workers are restarted and go on from the newest checkpoint "
+                f"(restart {self.restarts} of {total})"
             )
         return RunResult(state=WorkerState.FAILED)
 

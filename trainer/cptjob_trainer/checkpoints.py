@@ -141,7 +141,7 @@ class Checkpoints:
             self.directory.mkdir(parents=True, exist_ok=True)
             generation = checkpoint_folder.newest_generation(self.directory)
             found = scan(self.directory, self._known)
-        warned = [f"skipped {path}: {reason}" for path, reason in found.broken]
+        warned = [_skipped(path, reason) for path, reason in found.broken]
         mine = found.of(self._lineage)
         if (theirs := found.taken_over(self._lineage)) is not None:
             warned.append(self._told_of(theirs, found))
@@ -171,7 +171,7 @@ class Checkpoints:
             if not wrong:
                 return _resume(path, manifest)
             self._skipped.append(path)
-            self.warnings.append(f"skipped {path}: {'; '.join(wrong)}")
+            self.warnings.append(_skipped(path, "; ".join(wrong)))
         return None
 
     def _verify(self, path: Path, manifest: dict[str, Any]) -> list[str]:
@@ -349,6 +349,13 @@ class Checkpoints:
             "lower checkpoint.keepLast, delete what is not needed, or put the output on "
             f"another volume; {kept}"
         )
+
+
+def _skipped(path: Path, reason: str) -> str:
+    return (
+        f"skipped the checkpoint {path}: {reason}; an older one is tried, and this one is deleted "
+        "after the next save"
+    )
 
 
 def _resume(path: Path, manifest: dict[str, Any]) -> Resume:

@@ -7,11 +7,13 @@ reported at once.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
 import signal
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -33,7 +35,7 @@ _READ_BYTES = 1 << 24
 #: Name of the file in --address-directory with the address of the HTTP server, and of the store.
 HTTP_FILE = "http.address"
 STORE_FILE = "store.address"
-#: What prepare warns of, a line each.
+#: What a person is warned of, a line each; it grows while the job runs.
 WARNINGS_FILE = "warnings.txt"
 
 
@@ -109,9 +111,8 @@ def _coordinate(options: argparse.Namespace) -> None:
     _write_address(options, HTTP_FILE, server.port)
     lineage.check_before_preparing(config)
     prepared = _prepare(options.prepare, config, server, lifetime)
-    for warning in prepared.warnings:
-        print(f"warning: {warning}", flush=True)
-    _write_file(options, WARNINGS_FILE, "\n".join(prepared.warnings))
+    told = _Warnings(options)
+    told.add(prepared.warnings)
     result = digest(config, prepared.model_fingerprint, prepared.data_fingerprint)
     server.set_resolved(_resolved(config, prepared.total_steps, result))
     if _is_complete(config.paths.output, result, server, lifetime):
@@ -128,7 +129,7 @@ def _coordinate(options: argparse.Namespace) -> None:
     host.set(store.PREPARED_KEY, str(prepared.directory))
     _write_address(options, STORE_FILE, host.port)
     server.set_ready()
-    _serve(host, server, lifetime, stay=options.stay)
+    _serve(host, server, lifetime, told, stay=options.stay)
     server.close()
 
 
@@ -211,17 +212,43 @@ def _write_file(options: argparse.Namespace, name: str, text: str) -> None:
     temporary.replace(target)
 
 
-def _serve(host: "TCPStore", server: ProgressServer, lifetime: _Lifetime, *, stay: bool) -> None:
-    """Passes progress on until a launcher says that the job is over.
+class _Warnings:
+    """What a person is warned of, in this process's log and in a file for the client."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options = options
+        self._lines: list[str] = []
+
+    def add(self, lines: Iterable[str]) -> None:
+        new = list(lines)
+        self._lines += new
+        # A full disk, with the log and the file on it, may be what is warned of.
+        with contextlib.suppress(OSError):
+            for line in new:
+                print(f"warning: {line}", flush=True)
+        with contextlib.suppress(OSError):
+            _write_file(self._options, WARNINGS_FILE, "\n".join(self._lines))
+
+
+def _serve(
+    host: "TCPStore", server: ProgressServer, lifetime: _Lifetime, told: _Warnings, *, stay: bool
+) -> None:
+    """Passes progress and warnings on until a launcher says that the job is over.
 
     stay: a try that may be made again does not end the job.
     """
     from cptjob_trainer import store
 
+    warned = 0
     while time.monotonic() < lifetime.deadline:
         if host.check([STORE_KEY]):
             server.update(_read(host.get(STORE_KEY), server.current()))
-        if host.check([store.DONE_KEY]):
+        done = host.check([store.DONE_KEY])
+        # After that question: who says that the job is done has warned before.
+        if new := store.warnings(host)[warned:]:
+            warned += len(new)
+            told.add(new)
+        if done:
             ended = Termination.from_json(host.get(store.DONE_KEY).decode())
             last = _final(server.current(), ended)
             server.update(last)

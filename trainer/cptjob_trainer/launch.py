@@ -209,6 +209,7 @@ def _run_agent(
         config.elastic.max_restarts,
         settings,
         said_by_others=lambda: _said_by_others(client, run_id),
+        warn=lambda text: store.warn(client, text),
     )
     signal.signal(signal.SIGTERM, agent.handle_signal)
     signal.signal(signal.SIGINT, agent.handle_signal)

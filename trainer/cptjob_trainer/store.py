@@ -3,6 +3,7 @@
 Imports torch; callers that must stay light import this module inside a function.
 """
 
+import contextlib
 import os
 import socket
 from datetime import timedelta
@@ -13,11 +14,26 @@ from torch._C._distributed_c10d import TCPStore
 PREPARED_KEY = "cptjob/prepared"
 #: Set by a launcher whose processes have ended: a termination message as JSON, for the coordinator.
 DONE_KEY = "cptjob/done"
+#: What launchers and workers warn of while the job goes on, a line each.
+WARNINGS_KEY = "cptjob/warnings"
 
 
 def done_key(run_id: str) -> str:
     """The same for the other launchers of its run; those of the next run do not look at it."""
     return f"{DONE_KEY}/{run_id}"
+
+
+def warn(client: TCPStore, text: str) -> None:
+    """Adds one line to what the coordinator tells the person; a lost store costs the line only."""
+    with contextlib.suppress(RuntimeError):
+        # torch's stubs leave this method out.
+        client.append(WARNINGS_KEY, " ".join(text.split()) + "\n")  # type: ignore[attr-defined]
+
+
+def warnings(hosted: TCPStore) -> list[str]:
+    """All lines so far."""
+    found = hosted.check([WARNINGS_KEY])
+    return hosted.get(WARNINGS_KEY).decode().splitlines() if found else []
 
 
 def host(address: str, port: int, timeout_seconds: float = 60.0) -> TCPStore:

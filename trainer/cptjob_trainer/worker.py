@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ import torch.distributed.checkpoint
 import torch.distributed.fsdp
 import transformers
 
-from cptjob_trainer import presets, result
+from cptjob_trainer import presets, result, store
 from cptjob_trainer.components import Components, assemble
 from cptjob_trainer.config import TrainerConfig
 from cptjob_trainer.evaluate import HeldOut, load_base, save_base
@@ -28,6 +28,7 @@ from cptjob_trainer.loop import Trainer
 from cptjob_trainer.metrics import MetricsLog
 from cptjob_trainer.model import plain_name
 from cptjob_trainer.prepared import Prepared, load_prepared
+from cptjob_trainer.reporter import STORE_VARIABLE
 from cptjob_trainer.runtime import Runtime
 from cptjob_trainer.state import LoopState
 from cptjob_trainer.stopflag import StopFlag
@@ -35,6 +36,8 @@ from cptjob_trainer.stopflag import StopFlag
 log = logging.getLogger(__name__)
 
 PREPARED_VARIABLE = "CPTJOB_PREPARED"
+#: How long the coordinator's store may take to answer before a warning goes to the log alone.
+STORE_SECONDS = 5.0
 
 
 def main(config_path: str) -> None:
@@ -96,8 +99,7 @@ def _train(config: TrainerConfig, prepared: Prepared, runtime: Runtime, stop: St
     components = assemble(config, prepared, runtime)
     checkpoints, reporter = components.checkpoints, components.reporter
     resume = checkpoints.open()
-    for warning in checkpoints.warnings:
-        log.warning("%s", warning)
+    _warn(checkpoints.warnings, runtime)
     base, seconds = _base_losses(components, prepared)
     state = LoopState(evaluation_seconds=seconds)
     if resume is not None:
@@ -113,6 +115,18 @@ def _train(config: TrainerConfig, prepared: Prepared, runtime: Runtime, stop: St
     _finish(config, prepared, trainer, base)
     reporter.phase("Complete")
     reporter.close()
+
+
+def _warn(warnings: list[str], runtime: Runtime) -> None:
+    """In the log, and once for all ranks to the person who watches the job."""
+    for warning in warnings:
+        log.warning("%s", warning)
+    address = os.environ.get(STORE_VARIABLE, "")
+    if warnings and address and runtime.rank == 0:
+        with suppress(RuntimeError):  # a lost store costs the lines only
+            client = store.connect(address, STORE_SECONDS)
+            for warning in warnings:
+                store.warn(client, warning)
 
 
 def _metrics_log(config: TrainerConfig, state: LoopState) -> MetricsLog:
