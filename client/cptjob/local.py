@@ -294,11 +294,17 @@ class _Run:
                 self.address = (self.directory / _HTTP_FILE).read_text().strip()
         if self.address and (progress := read_progress(self.address)) is not None:
             self.display.update(progress)
+        for line in self._warnings()[self.warned :]:
+            self.display.say(f"warning: {line}")
+            self.warned += 1
+
+    def _warnings(self) -> list[str]:
+        """All so far. The file outlives the coordinator, and is not written on a full disk."""
+        served = _read_json(self.address, "warnings") if self.address else None
         with contextlib.suppress(OSError):
             lines = (self.directory / _WARNINGS_FILE).read_text().splitlines()
-            for line in lines[self.warned :]:
-                self.display.say(f"warning: {line}")
-            self.warned = len(lines)
+            return max(lines, served, key=len) if isinstance(served, list) else lines
+        return served if isinstance(served, list) else []
 
     def kill(self) -> None:
         """Ends every process at once; workers die with their launcher."""
@@ -309,14 +315,18 @@ class _Run:
 
 def read_progress(address: str) -> dict[str, Any] | None:
     """The coordinator's /progress; None when it does not answer."""
+    value = _read_json(address, "progress")
+    return value if isinstance(value, dict) else None
+
+
+def _read_json(address: str, path: str) -> object:
     # Never through a proxy: the address is this machine's.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(f"http://{address}/progress", timeout=1.0) as answer:
-            value = json.loads(answer.read(65536))
+        with opener.open(f"http://{address}/{path}", timeout=1.0) as answer:
+            return json.loads(answer.read(65536))
     except (OSError, ValueError, urllib.error.URLError):
         return None
-    return value if isinstance(value, dict) else None
 
 
 def _read_termination(path: Path) -> dict[str, Any] | None:

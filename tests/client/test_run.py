@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -17,6 +19,7 @@ from cptjob import jobs, local
 from cptjob.volumes import Volumes
 from cptjob_trainer.config import digest
 from cptjob_trainer.errors import OutputError
+from cptjob_trainer.progress import ProgressServer
 
 PATIENCE_SECONDS = 90.0
 HERE = Path(__file__).parent
@@ -140,6 +143,21 @@ def test_a_dead_worker_is_told_in_a_line_with_what_is_done_about_it(client: Clie
     assert told == ["warning: little data", f"warning: {restarted}"]
     (file,) = client.output.glob("logs/*/warnings.txt")
     assert file.read_text().splitlines() == ["little data", restarted]
+
+
+def test_a_warning_that_the_full_disk_did_not_take_is_told_once(tmp_path: Path) -> None:
+    said: list[str] = []
+    display: Any = SimpleNamespace(say=said.append, update=lambda _: None)
+    config: Any = None
+    server = ProgressServer("127.0.0.1", 0)
+    address = f"127.0.0.1:{server.port}"
+    run = local._Run(config, tmp_path, display, local._Stop(), address=address)
+    (tmp_path / "warnings.txt").write_text("little data")
+    server.set_warnings(["little data", "no space left"])
+    run._show()
+    server.close()
+    run._show()
+    assert said == ["warning: little data", "warning: no space left"]
 
 
 def test_an_error_of_the_data_is_one_line_with_its_exit_code(client: Client) -> None:

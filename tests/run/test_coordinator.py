@@ -53,6 +53,16 @@ def test_it_prepares_serves_progress_and_ends_with_the_job(job: MakeJob) -> None
     assert made.end(coordinator)[0] == 0
 
 
+def test_a_full_disk_keeps_no_warning_from_whoever_watches(job: MakeJob) -> None:
+    made = job("train")
+    # The file of warnings cannot be written.
+    (made.directory / "warnings.txt").mkdir()
+    _coordinate(made)
+    made.wait_until((made.directory / "store.address").exists, "the store is there")
+    address = (made.directory / "http.address").read_text().strip()
+    assert json.loads(_get(address, "/warnings")[1]) == ["little data"]
+
+
 def test_a_stop_after_the_end_of_the_job_changes_nothing(job: MakeJob) -> None:
     made = job("ok")
     coordinator = _coordinate(made)

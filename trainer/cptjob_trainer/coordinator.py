@@ -111,7 +111,7 @@ def _coordinate(options: argparse.Namespace) -> None:
     _write_address(options, HTTP_FILE, server.port)
     lineage.check_before_preparing(config)
     prepared = _prepare(options.prepare, config, server, lifetime)
-    told = _Warnings(options)
+    told = _Warnings(options, server)
     told.add(prepared.warnings)
     result = digest(config, prepared.model_fingerprint, prepared.data_fingerprint)
     server.set_resolved(_resolved(config, prepared.total_steps, result))
@@ -213,15 +213,17 @@ def _write_file(options: argparse.Namespace, name: str, text: str) -> None:
 
 
 class _Warnings:
-    """What a person is warned of, in this process's log and in a file for the client."""
+    """What a person is warned of: in this process's log, over HTTP and in a file."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace, server: ProgressServer) -> None:
         self._options = options
+        self._server = server
         self._lines: list[str] = []
 
     def add(self, lines: Iterable[str]) -> None:
         new = list(lines)
         self._lines += new
+        self._server.set_warnings(self._lines)
         # A full disk, with the log and the file on it, may be what is warned of.
         with contextlib.suppress(OSError):
             for line in new:

@@ -4,10 +4,11 @@ Rank 0 publishes a `Progress` into the coordinator's store; the coordinator serv
 `/progress` (JSON) and `/metrics` (Prometheus). Nothing here imports torch until a store is used.
 """
 
+import json
 import math
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
@@ -197,13 +198,14 @@ class _Server(ThreadingHTTPServer):
 
 
 class ProgressServer:
-    """Serves /progress, /metrics, /healthz and /readyz on ``host:port`` (port 0: any free one)."""
+    """Serves /progress, /warnings, /metrics, /healthz and /readyz on ``host:port`` (port 0: any free one)."""
 
     def __init__(self, host: str, port: int) -> None:
         self._lock = threading.Lock()
         self._progress = Progress()
         self._resolved: Resolved | None = None
         self._ready = False
+        self._warnings: tuple[str, ...] = ()
         registry = CollectorRegistry()
         registry.register(_MetricsCollector(self.current))
         self._registry = registry
@@ -224,6 +226,10 @@ class ProgressServer:
         with self._lock:
             self._resolved = resolved
 
+    def set_warnings(self, lines: Iterable[str]) -> None:
+        """All that a person is warned of so far, a line each."""
+        self._warnings = tuple(lines)
+
     def set_ready(self) -> None:
         """From now on /readyz answers 200: the data is prepared and the store is there."""
         self._ready = True
@@ -237,6 +243,8 @@ class ProgressServer:
         match path.partition("?")[0]:
             case "/progress":
                 return 200, "application/json", self.current().to_json()
+            case "/warnings":
+                return 200, "application/json", json.dumps(self._warnings).encode()
             case "/metrics":
                 return 200, CONTENT_TYPE_LATEST, generate_latest(self._registry)
             case "/healthz":
