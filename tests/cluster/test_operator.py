@@ -126,6 +126,25 @@ def test_children_that_somebody_deleted_are_there_again_before_a_worker_is_repla
     assert all(each.metadata.creation_timestamp <= newest for each in made)
 
 
+def test_a_job_scaled_beyond_the_limit_says_so_and_goes_on_when_that_is_taken_back(
+    world: World, start: Start
+) -> None:
+    start(settings={"limits": {"maxNodes": 3}}).wait_leading()
+    world.create("job", workers=2)
+    world.prepare("job")
+    world.run("job", 2)
+    world.suspend("job")
+    world.scale("job", 5)
+    world.suspend("job", on=False)
+    world.wait(lambda: world.says("job", "LimitExceeded", "5", "3"), "it to be told")
+    assert world.living("job") == []
+    world.suspend("job")
+    world.scale("job", 2)
+    world.suspend("job", on=False)
+    world.prepare("job")
+    world.run("job", 2)
+
+
 def test_what_belongs_to_others_is_not_touched(world: World, start: Start) -> None:
     uid = world.create("job")["metadata"]["uid"]
     name = f"job-{uid[:5]}"
