@@ -238,8 +238,11 @@ class _Run:
             return
         self.stop.forwarded = self.stop.asked
         if self.stop.asked == 1:
+            trains = (self.directory / _STORE_FILE).exists()
             self.display.say(
                 "Stopping: a checkpoint is saved first. Ctrl-C again stops at once, without it."
+                if trains
+                else "Stopping: no step is done yet; what is prepared so far is kept."
             )
             self.processes[TRAINER].terminate()
         else:

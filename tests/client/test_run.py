@@ -185,6 +185,21 @@ def test_ctrl_c_saves_stops_and_says_how_to_continue(client: Client) -> None:
     assert _processes_of(client.output) == []
 
 
+def test_ctrl_c_while_data_is_prepared_promises_no_checkpoint(client: Client) -> None:
+    client.name("endless")
+    process = client.run()
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "counting" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    code, _, errors = client.end(process)
+    assert code == 143, errors
+    assert "Stopping: no step is done yet; what is prepared so far is kept." in errors
+    assert "checkpoint" not in errors
+    assert _processes_of(client.output) == []
+
+
 def test_a_second_ctrl_c_stops_at_once(client: Client) -> None:
     client.name("deaf")
     process = client.run()

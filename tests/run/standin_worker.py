@@ -134,6 +134,10 @@ def prepare_text(config: TrainerConfig, report: object, *, stop: object) -> obje
     report("counting", 1, 2)  # type: ignore[operator]
     if config.name.startswith("bad"):
         raise DataError("two files are broken")
+    while config.name.startswith("endless"):
+        if stop():  # type: ignore[operator]
+            raise Stopped("stopped while data was prepared")
+        time.sleep(0.05)
 
     class Prepared:
         directory = Path(config.paths.prepared) / "abc"

@@ -3,9 +3,10 @@
 import os
 import time
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
-from cptjob_trainer.checkpoints import Saved
+from cptjob_trainer.checkpoints import Resume, Saved
 from cptjob_trainer.progress import CheckpointRef, Phase, Progress, StorePublisher
 from cptjob_trainer.state import LoopState
 
@@ -72,9 +73,15 @@ class Reporter:
         self._send(force=True)
 
     def saved(self, saved: Saved) -> None:
-        reference = CheckpointRef(
-            step=saved.step, time=datetime.now(UTC), uri=saved.path.absolute().as_uri()
-        )
+        self._checkpoint(saved.step, saved.path, datetime.now(UTC))
+
+    def resumed(self, found: Resume) -> None:
+        """The run goes on from this one, which is the last for now."""
+        written = datetime.fromtimestamp(found.path.stat().st_mtime, UTC)
+        self._checkpoint(found.step, found.path, written)
+
+    def _checkpoint(self, step: int, path: Path, time: datetime) -> None:
+        reference = CheckpointRef(step=step, time=time, uri=path.absolute().as_uri())
         self._update(last_checkpoint=reference)
         self._send(force=True)
 

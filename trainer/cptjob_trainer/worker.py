@@ -105,6 +105,7 @@ def _train(config: TrainerConfig, prepared: Prepared, runtime: Runtime, stop: St
     if resume is not None:
         checkpoints.load(resume, components.tensors())
         state = LoopState.from_json(resume.loop_state)
+        reporter.resumed(resume)
         log.info("continuing after step %d from %s", resume.step, resume.path)
     metrics = _metrics_log(config, state) if runtime.rank == 0 else None
     trainer = Trainer(components, state, stop_asked=lambda: stop.asked, metrics=metrics)

@@ -86,9 +86,11 @@ def claims(look: Look) -> Wanted | None:
     missing = [name for name in names if name not in known]
     if not missing:
         return None
+    one = len(missing) == 1
     message = (
-        f"volume claim {missing[0]} does not exist in namespace {look.job.metadata.namespace}; "
-        "make it and the job goes on"
+        f"volume {'claim' if one else 'claims'} {', '.join(missing)} "
+        f"{'does' if one else 'do'} not exist in namespace {look.job.metadata.namespace}; "
+        f"make {'it' if one else 'them'} and the job goes on"
     )
     return look.wait(Phase.PENDING, Reason.WAITING_FOR_CLAIM, message, LOOK_AGAIN_SECONDS)
 

@@ -1038,3 +1038,19 @@ def test_gpus_that_no_process_uses_are_told_at_acceptance(
     job.settle()
     warnings = [message for reason, message in job.events if "numProcPerNode" in message]
     assert bool(warnings) == told
+
+
+@pytest.mark.parametrize(
+    ("there", "said"),
+    [
+        ((), "volume claims data, models, results do not exist in namespace team; make them and"),
+        (("data", "models"), "volume claim results does not exist in namespace team; make it and"),
+    ],
+)
+def test_every_claim_that_is_missing_is_named(
+    there: tuple[str, ...], said: str, world: MakeWorld
+) -> None:
+    job = world()
+    job.claims = {name: Claim(name, ("ReadWriteMany",)) for name in there}
+    job.settle()
+    assert job.status.condition(Condition.READY).message == f"{said} the job goes on"
