@@ -139,12 +139,26 @@ def test_kstatus_says_of_a_living_job_what_the_table_says(
     world.run("job", 1)
     world.complete("job")
     found.append(seen(world, Phase.COMPLETE))
-    world.create("other", changes={"spec.scheduling": {"pool": "unknown"}})
+    world.create("other")
+    world.prepare("other")
+    (pod,) = world.pods("coordinator", "other")
+    said = {"exitCode": 65, "reason": "DataError", "message": "a.jsonl:7: not JSON"}
+    world.kubelet.exit(world.namespace, pod.metadata.name, 65, json.dumps(said))
     found.append(seen(world, Phase.FAILED, "other"))
     table = {None: "InProgress"} | {row.phase: row.kstatus for row in PHASES}
     phases = [each["status"].get("phase") for each in found]
     assert set(phases) == set(table), "every phase was seen"
     assert dict(zip(phases, judge(*found), strict=True)) == table
+
+
+def test_kstatus_says_failed_of_a_job_that_is_refused_until_it_is_mended(
+    world: World, judge: Judge
+) -> None:
+    world.create("job", changes={"spec.scheduling": {"pool": "unknown"}})
+    world.wait(lambda: world.condition("job", "Stalled"), "it to be refused")
+    refused = world.job("job")
+    world.patch("job", {"spec": {"scheduling": {"pool": None}}})
+    assert judge(refused, seen(world, Phase.PREPARING)) == ["Failed", "InProgress"]
 
 
 def test_a_change_that_the_operator_has_not_seen_is_in_progress(
