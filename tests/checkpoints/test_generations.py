@@ -54,7 +54,7 @@ def test_of_another_model_or_data_a_person_is_told_the_names(lab: Any) -> None:
     inputs = {"model": "pvc://models/base"}
     with pytest.raises(MismatchError) as caught:
         lab.make(lineage={"model": "m2", "seed": 0}, inputs=inputs).open()
-    told = "the checkpoint's model has other contents than this job's pvc://models/base. Restore"
+    told = 'model is "m1" in the checkpoint and "m2" in this job (pvc://models/base). Restore'
     assert told in str(caught.value)
 
 

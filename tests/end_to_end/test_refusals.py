@@ -207,22 +207,38 @@ def test_checkpoints_of_another_model_data_and_seed_are_refused_with_both_values
 ) -> None:
     job = make_job("another", like=stopped[0], training={"seed": 7})
     job.volumes = shutil.copytree(job.volumes, tmp_path / "volumes")
-    with (job.volumes / "models" / "tiny" / "model.safetensors").open("r+b") as weights:
-        weights.seek(-4, os.SEEK_END)
-        weights.write(b"\x01\x02\x03\x04")
+    weights = job.volumes / "models" / "tiny" / "model.safetensors"
+    sound = weights.read_bytes()
+    weights.write_bytes(sound[:-4] + b"\x01\x02\x03\x04")
+    before = tree(job.output / "checkpoints")
+    said, values = _refused(job)
+    assert list(values) == ["model", "training.seed"]
+    assert values["training.seed"] == ("0", "7")
+    assert "(pvc://models/tiny)" in said
+
+    # What differs in the data is known once it is prepared.
+    weights.write_bytes(sound)
+    job.write()
     file = next((job.volumes / "data" / "domain").glob("*.jsonl"))
     with file.open("a") as lines:
         lines.write('{"text": "Another document."}\n')
-    before = tree(job.output / "checkpoints")
+    said, values = _refused(job)
+    assert "data" in values
+    assert "model" not in values
+    assert "(pvc://data/domain)" in said
+    assert tree(job.output / "checkpoints") == before
+
+
+def _refused(job: Any) -> tuple[str, dict[str, tuple[str, str]]]:
+    """What is said, and what differs: theirs and ours, by name."""
     code, _, errors = job.run(processes=1)
     assert code == 78, errors
     said = error_of(errors)
-    values = re.findall(r"(\S+) is (\S+) in the checkpoint and (\S+) in this job", said)
-    assert [name for name, _, _ in values] == ["data", "model", "training.seed"]
-    assert all(theirs != ours for _, theirs, ours in values)
-    assert values[2][1:] == ("0", "7")
+    found = re.findall(r"(\S+) is (\S+) in the checkpoint and (\S+) in this job", said)
+    values = {name: (theirs, ours.rstrip(";.")) for name, theirs, ours in found}
+    assert all(theirs != ours for theirs, ours in values.values())
     assert said.endswith(
         "Restore the old value, give another output, or set checkpoint.onMismatch: StartNew to "
         "begin anew"
     )
-    assert tree(job.output / "checkpoints") == before
+    return said, values

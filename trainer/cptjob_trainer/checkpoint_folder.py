@@ -96,11 +96,10 @@ def mismatch(stored: Stored, lineage: dict[str, Any], named: Mapping[str, str]) 
     parts = []
     for key in sorted(stored.lineage.keys() | lineage.keys()):
         theirs, ours = stored.lineage.get(key, absent), lineage.get(key, absent)
-        if theirs != ours and key in named:
-            parts.append(f"the checkpoint's {key} has other contents than this job's {named[key]}")
-        elif theirs != ours:
+        if theirs != ours:
             told = ["absent" if value is absent else json.dumps(value) for value in (theirs, ours)]
-            parts.append(f"{key} is {told[0]} in the checkpoint and {told[1]} in this job")
+            words = f" ({named[key]})" if key in named else ""
+            parts.append(f"{key} is {told[0]} in the checkpoint and {told[1]} in this job{words}")
     return f"the checkpoint {stored.path} belongs to another run: {'; '.join(parts)}"
 
 
