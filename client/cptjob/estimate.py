@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cptjob.live import duration, si
 from cptjob_api.facts import ModelFacts
 from cptjob_trainer import advice, devices, model_config, request, shares
 from cptjob_trainer.config import DatasetInput, TrainerConfig
 from cptjob_trainer.devices import DEVICES, Demand, Device, Memory
 from cptjob_trainer.errors import DataError, MissingInputError, UsageError
+from cptjob_trainer.narrator import duration, si
 from cptjob_trainer.shares import Share
 from cptjob_trainer.words import counted
 

@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
-from cptjob.live import describe
 from cptjob_api.conditions import Condition
 from cptjob_api.job import CPTJob
 from cptjob_api.status import CPTJobStatus
+from cptjob_trainer.narrator import describe
 
 _COLUMNS = ("NAME", "STATE", "NODES", "STEP", "PROGRESS", "CHECKPOINT", "RESTARTS", "AGE")
 

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cptjob.live import LiveDisplay, describe, duration, si
+from cptjob.live import LiveDisplay
+from cptjob_trainer.narrator import describe, duration, si
 
 TRAINING: dict[str, Any] = {
     "phase": "Training",

@@ -9,6 +9,7 @@ import pytest
 
 from cptjob_trainer import reporter
 from cptjob_trainer.checkpoints import Resume
+from cptjob_trainer.state import LoopState
 
 
 def test_a_run_that_goes_on_tells_the_checkpoint_that_it_went_on_from(
@@ -31,3 +32,26 @@ def test_a_run_that_goes_on_tells_the_checkpoint_that_it_went_on_from(
     assert said[-1]["lastCheckpoint"]["step"] == 20
     assert said[-1]["lastCheckpoint"]["uri"] == tmp_path.as_uri()
     assert said[-1]["lastCheckpoint"]["time"].startswith(f"{saved:%Y-%m-%dT%H:%M}")
+
+
+def test_the_log_of_rank_0_has_a_line_for_what_is_new_and_not_for_every_step(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv(reporter.STORE_VARIABLE, raising=False)
+    told = reporter.Reporter(0, 1.0, None, 1.0)
+    told.phase("Loading", "0.7M parameters")
+    for step in range(1, 4):
+        values = {"seconds": 1.0, "dataWait": 0.0, "tokens": 512, "loss": 3.25}
+        told.step(LoopState(step=step), 10, values)
+    told.evaluation({"heldout_domain_loss": 3.5})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "Loading: 0.7M parameters",
+        "Training: step 1 of 10, loss 3.2500, 512 tokens/s, ETA 0:00:09",
+        "Training: step 3 of 10, loss 3.2500, 512 tokens/s, ETA 0:00:07; heldout_domain_loss 3.5000",
+    ]
+
+
+def test_the_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    reporter.Reporter(1, 1.0, None, 1.0).phase("Loading", "0.7M parameters")
+    assert capsys.readouterr().out == ""

@@ -14,6 +14,7 @@ import os
 import signal
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -21,9 +22,11 @@ from typing import TYPE_CHECKING
 from cptjob_trainer import lifeline, lineage, presets, termination
 from cptjob_trainer.config import TrainerConfig, digest
 from cptjob_trainer.errors import NEVER_RETRIED, Stopped
+from cptjob_trainer.narrator import Narrator, describe
 from cptjob_trainer.progress import STORE_KEY, Progress, ProgressServer, Resolved
 from cptjob_trainer.schedule import default_warmup
 from cptjob_trainer.termination import Termination
+from cptjob_trainer.words import counted
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import TCPStore
@@ -120,6 +123,7 @@ def _coordinate(options: argparse.Namespace) -> None:
         print(message, flush=True)
         termination.write(Termination(0, "AlreadyComplete", message, time=time.time()))
         return
+    print(f"prepared {counted(prepared.total_steps, 'step')}; waiting for workers", flush=True)
     server.update(Progress(phase="Loading", message="starting the training processes"))
 
     from cptjob_trainer import store  # imports torch
@@ -141,9 +145,13 @@ def _prepare(
 
     module, _, name = function.partition(":")
 
+    narrator = Narrator(partial(print, flush=True))
+
     def report(what: str, done: int, total: int) -> None:
         percentage = 100.0 * done / total if total else 0.0
-        server.update(Progress(phase="Preparing", message=what, progress_percentage=percentage))
+        progress = Progress(phase="Preparing", message=what, progress_percentage=percentage)
+        server.update(progress)
+        narrator.tell(progress.phase, lambda: _words(progress), now=done == total)
 
     prepare = getattr(importlib.import_module(module), name)
     prepared: Prepared = prepare(config, report, stop=lambda: lifetime.stopping)
@@ -258,6 +266,7 @@ def _serve(
                 host.delete_key(store.DONE_KEY)
                 continue
             lifetime.over()
+            print(f"{last.phase}: {_words(last)}", flush=True)
             _say_how_it_ended(last, ended)
             # Whoever watches the progress gets to see the end of it.
             time.sleep(2 * _POLL_SECONDS)
@@ -275,6 +284,10 @@ def _say_how_it_ended(last: Progress, ended: Termination) -> None:
         ("Complete", last.to_json().decode()) if complete else ("Ended", ended.message)
     )
     termination.write(Termination(0, reason, message, time=time.time()))
+
+
+def _words(progress: Progress) -> str:
+    return describe(progress.model_dump(by_alias=True))
 
 
 def _read(value: bytes, previous: Progress) -> Progress:

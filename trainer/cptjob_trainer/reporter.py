@@ -1,12 +1,17 @@
-"""What rank 0 tells the outside while it trains: progress into the store, at most twice a second."""
+"""What rank 0 tells the outside while it trains: progress into the store, at most twice a second,
+
+and into its log, a line every ten seconds and for whatever is new.
+"""
 
 import os
 import time
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cptjob_trainer.checkpoints import Resume, Saved
+from cptjob_trainer.narrator import Narrator, describe
 from cptjob_trainer.progress import CheckpointRef, Phase, Progress, StorePublisher
 from cptjob_trainer.state import LoopState
 
@@ -17,11 +22,12 @@ STORE_VARIABLE = "CPTJOB_STORE"
 
 
 class Reporter:
-    """Progress of one process; silent in all ranks but 0 and where there is no store."""
+    """Progress of one process; silent in all ranks but 0. Where there is no store it only logs."""
 
     def __init__(self, rank: int, flops_per_token: float, peak_flops: float | None, epochs: float):
         address = os.environ.get(STORE_VARIABLE, "") if rank == 0 else ""
         self._publisher = StorePublisher(address) if address else None
+        self._narrator = Narrator(partial(print, flush=True)) if rank == 0 else None
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._epochs = epochs
         self._progress = Progress(phase="Loading")
@@ -70,6 +76,7 @@ class Reporter:
 
     def evaluation(self, values: dict[str, float]) -> None:
         self._update(metrics=self._progress.metrics | values)
+        self._log(", ".join(f"{name} {value:.4f}" for name, value in values.items()))
         self._send(force=True)
 
     def saved(self, saved: Saved) -> None:
@@ -83,6 +90,7 @@ class Reporter:
     def _checkpoint(self, step: int, path: Path, time: datetime) -> None:
         reference = CheckpointRef(step=step, time=time, uri=path.absolute().as_uri())
         self._update(last_checkpoint=reference)
+        self._log()
         self._send(force=True)
 
     def close(self) -> None:
@@ -93,6 +101,17 @@ class Reporter:
         self._progress = self._progress.model_copy(
             update=values | {"last_updated_time": datetime.now(UTC)}
         )
+        if self._narrator is not None:
+            self._narrator.tell(self._progress.phase, self._words)
+
+    def _log(self, more: str = "") -> None:
+        """A line at once."""
+        if self._narrator is not None:
+            words = "; ".join(each for each in (self._words(), more) if each)
+            self._narrator.tell(self._progress.phase, lambda: words, now=True)
+
+    def _words(self) -> str:
+        return describe(self._progress.model_dump(by_alias=True))
 
     def _send(self, force: bool = False) -> None:
         now = time.monotonic()

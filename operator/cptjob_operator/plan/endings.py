@@ -1,6 +1,6 @@
 """Rules for a job that ends, has ended, or is none of ours. Pure."""
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from pydantic_core import from_json
 
@@ -14,6 +14,8 @@ from cptjob_operator.wanted import Deletion, Event, Wanted
 from cptjob_trainer.termination import Termination
 
 _ENDS = (Phase.COMPLETE, Phase.FAILED)
+#: It says how the job ended within a second or two after the workers.
+LAST_WORD_SECONDS = 15
 
 
 def going(look: Look) -> Wanted | None:
@@ -72,6 +74,8 @@ def completion(look: Look) -> Wanted | None:
     every = len(gang.workers) == gang.size and all(pod.phase == "Succeeded" for pod in gang.workers)
     if said is None and not every:
         return None
+    if said is None and (due := _last_word_due(look)) > look.now:
+        return Wanted(again=due)
     already = said is not None and said.reason == Reason.ALREADY_COMPLETE
     reason = Reason.ALREADY_COMPLETE if already else Reason.COMPLETE
     status = look.with_status(_with_result(look, said.message if said else ""))
@@ -95,6 +99,15 @@ def _last_word(coordinator: Pod | None) -> Termination | None:
     said = coordinator.ended.termination
     complete = (Reason.COMPLETE, Reason.ALREADY_COMPLETE)
     return said if said is not None and said.reason in complete else None
+
+
+def _last_word_due(look: Look) -> datetime:
+    """Until when a coordinator that outlives the workers may still bring the job's last figures."""
+    speaker = look.gang.coordinator
+    ends = [pod.ended.finished for pod in look.gang.workers if pod.ended and pod.ended.finished]
+    if speaker is None or not speaker.active or speaker.deleting is not None or not ends:
+        return look.now
+    return max(ends) + timedelta(seconds=LAST_WORD_SECONDS)
 
 
 def _with_result(look: Look, said: str) -> CPTJobStatus:

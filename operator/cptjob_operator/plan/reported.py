@@ -17,6 +17,7 @@ from cptjob_api.status import (
     TrainerStatus,
 )
 from cptjob_operator.observed import Report
+from cptjob_operator.profile import VOLUMES
 
 _MAX_METRICS = 64
 #: What only the model and the prepared data decide.
@@ -87,7 +88,13 @@ def _checkpoint(value: Any) -> LastCheckpoint | None:
     step, time, uri = _whole(value.get("step")), _time(value.get("time")), value.get("uri")
     if step is None or time is None or not isinstance(uri, str):
         return None
-    return LastCheckpoint(step=step, time=time, uri=uri[:1024])
+    return LastCheckpoint(step=step, time=time, uri=_outside(uri)[:1024])
+
+
+def _outside(uri: str) -> str:
+    """What a pod calls by the path of a mount, as the spec names it: pvc://CLAIM/path."""
+    inside = f"file://{VOLUMES}/"
+    return f"pvc://{uri.removeprefix(inside)}" if uri.startswith(inside) else uri
 
 
 def _is_newer(saved: LastCheckpoint, before: LastCheckpoint | None) -> bool:

@@ -15,6 +15,8 @@ _ROWS = {row.phase: row for row in PHASES}
 #: Present only while they hold, as kstatus asks of them.
 _ABSENT_UNLESS_TRUE = (Condition.RECONCILING, Condition.STALLED)
 _MESSAGE_CHARACTERS = 32_000
+#: What was reached once is told in its own words, whatever the phase says by now.
+_OWN = {Condition.PREPARED: (Reason.PREPARED, Reason.PREPARED.sentence)}
 
 
 def conditions(
@@ -33,7 +35,7 @@ def conditions(
     """
     kept = {each.type: each for each in before}
     row = _ROWS[phase]
-    decided = [(kind, True, reason, message) for kind in row.true]
+    decided = [(kind, True, *_OWN.get(kind, (reason, message))) for kind in row.true]
     decided += [(kind, False, reason, message) for kind in row.false]
     held: set[Condition] = set()
     for kind, holds, why, text in (*decided, *extra):

@@ -10,6 +10,7 @@ import pytest
 from cptjob_api.conditions import Condition, Phase, Reason
 from cptjob_operator.identity import Role
 from cptjob_operator.observed import Claim
+from cptjob_operator.plan.endings import LAST_WORD_SECONDS
 from cptjob_operator.settings import Settings
 
 MakeWorld = Callable[..., Any]
@@ -42,7 +43,7 @@ def test_workers_are_made_when_the_coordinator_is_ready(world: MakeWorld) -> Non
     wanted = job.step()
     assert [each["kind"] for each in wanted.objects] == ["Pod"] * 3
     assert job.phase is Phase.STARTING
-    assert job.condition(Condition.PREPARED) == ("True", "Starting")
+    assert job.condition(Condition.PREPARED) == ("True", "Prepared")
 
 
 def test_a_job_runs_when_every_worker_is_ready(world: MakeWorld) -> None:
@@ -115,6 +116,21 @@ def test_a_job_is_complete_when_every_worker_is_though_the_coordinator_is_lost(
     for pod in job.workers:
         job.succeed(pod)
     job.vanish(job.pod(Role.COORDINATOR))
+    job.settle()
+    assert job.phase is Phase.COMPLETE
+
+
+def test_the_last_figures_are_waited_for_when_workers_end_before_the_coordinator(
+    world: MakeWorld,
+) -> None:
+    job = world()
+    job.train()
+    for pod in job.workers:
+        job.succeed(pod)
+    job.settle()
+    assert job.phase is Phase.RUNNING
+    assert job.pod(Role.COORDINATOR).deleting is None
+    job.wait(LAST_WORD_SECONDS)
     job.settle()
     assert job.phase is Phase.COMPLETE
 

@@ -58,6 +58,14 @@ def test_figures_are_taken_over() -> None:
     assert (status.resolved.max_length, status.resolved.digest) == (512, "ab")
 
 
+def test_a_checkpoint_is_named_as_the_spec_names_its_place() -> None:
+    uri = "file:///volumes/results/run/checkpoints/step-40.1"
+    said = {"lastCheckpoint": {"step": 40, "time": "2026-03-01T11:59:00Z", "uri": uri}}
+    status = read_report(CPTJobStatus(), Report(said, NOW))
+    assert status.last_checkpoint is not None
+    assert status.last_checkpoint.uri == "pvc://results/run/checkpoints/step-40.1"
+
+
 def test_what_was_decided_at_acceptance_is_not_changed_by_a_report() -> None:
     before = CPTJobStatus(resolved=ResolvedStatus(max_length=256))
     status = read_report(before, Report({"resolved": {"maxLength": 512}}, NOW))
