@@ -8,8 +8,10 @@ PYTHON ?= $(or $(shell for python in python3 python3.14 python3.13 python3.12 py
 VENV ?= .venv
 VOLUMES ?= volumes
 OUT ?= out/smollm2
+MARKS ?= node and not soak
 
 bin := $(VENV)/bin
+nodes := PYTHONPATH=tests/node:tests/cluster $(bin)/python
 uv := $(bin)/python requirements/uv.py
 # Without --compile-bytecode: most of these files are never imported, the others compile on use.
 install := $(uv) pip install --quiet --python $(bin)/python --require-hashes
@@ -19,7 +21,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup run test tools soak gpu bench images fmt check generate manifests lock
+.PHONY: help setup run test e2e tools soak gpu bench images fmt check generate manifests lock
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,12 +34,18 @@ run: $(VENV)/.run $(VOLUMES)/models/smollm2-135m/config.json ## continue the pre
 test: setup $(VENV)/.go ## run the tests (TESTS=tests/data narrows them)
 	$(bin)/python -m pytest $(TESTS)
 
+e2e: setup tools ## train on two real nodes (Linux, root; MARKS="node" is all of it)
+	@$(nodes) -m testnodes.needs
+	@$(nodes) -m testnodes.images
+	unshare --net $(bin)/python -m pytest -m "$(MARKS)" tests/node
+
 tools: $(VENV)/.go ## build Kubernetes' own programs for the tests, once (make test does it too)
 	@PYTHONPATH=tests/cluster $(bin)/python -m testplane.binaries
 	@PYTHONPATH=tests/cluster $(bin)/python -m testplane.definitions
 
 soak: setup $(VENV)/.go ## run the long tests with full counts
-	$(bin)/python -m pytest -m soak $(TESTS)
+	$(bin)/python -m pytest -m "soak and not node" $(TESTS)
+	$(if $(TESTS),,$(MAKE) e2e MARKS="soak and node")
 
 gpu: setup $(VENV)/.dev ## run the tests that need an NVIDIA GPU
 	$(bin)/python -m pytest -m gpu tests/trainer

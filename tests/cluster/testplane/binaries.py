@@ -39,6 +39,7 @@ class Group:
     programs: import path of each program, by the name that it gets.
     stamps: variables of the linker that take the version, so that the programs tell it.
     tags: build tags.
+    beside: the group whose folder it shares.
     """
 
     name: str
@@ -46,10 +47,11 @@ class Group:
     programs: dict[str, str]
     stamps: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
+    beside: str = ""
 
     @property
     def folder(self) -> Path:
-        return TOOLS / self.name
+        return TOOLS / (self.beside or self.name)
 
     @property
     def version(self) -> str:
@@ -76,7 +78,9 @@ class Group:
         return hashlib.sha256(b"\0".join(parts)).hexdigest()[:12]
 
 
-_KUBERNETES = ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubectl")
+_PLANE = ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubectl")
+_NODE = ("kubelet", "kube-proxy")
+_VERSIONS = ("k8s.io/component-base/version.gitVersion", "k8s.io/client-go/pkg/version.gitVersion")
 _HEALTH = ("kstatus", "argohealth", "fluxhealth")
 GROUPS = {
     group.name: group
@@ -84,8 +88,20 @@ GROUPS = {
         Group(
             "kubernetes",
             "k8s.io/kubernetes",
-            {name: f"k8s.io/kubernetes/cmd/{name}" for name in _KUBERNETES},
-            ("k8s.io/component-base/version.gitVersion", "k8s.io/client-go/pkg/version.gitVersion"),
+            {name: f"k8s.io/kubernetes/cmd/{name}" for name in _PLANE},
+            _VERSIONS,
+        ),
+        Group(
+            "node",
+            "k8s.io/kubernetes",
+            {name: f"k8s.io/kubernetes/cmd/{name}" for name in _NODE},
+            _VERSIONS,
+            beside="kubernetes",
+        ),
+        Group(  # our own: CoreDNS with few plugins, and what holds a pod's namespaces
+            "inside",
+            "github.com/coredns/coredns",
+            {name: f"cptjob/tests/cluster/tools/inside/{name}" for name in ("coredns", "pause")},
         ),
         Group("etcd", "go.etcd.io/etcd/server/v3", {"etcd": "go.etcd.io/etcd/server/v3"}),
         Group("kwok", "sigs.k8s.io/kwok", {"kwok": "sigs.k8s.io/kwok/cmd/kwok"}),
@@ -110,6 +126,7 @@ GROUPS = {
     )
 }
 CONTROL_PLANE = ("etcd", "kubernetes", "kwok")
+REAL_NODES = ("node", "inside")
 
 
 def to_stderr(line: str) -> None:

@@ -37,6 +37,7 @@ MANUAL = (
     '(.metadata.namespace | startswith("manual-"))'
 )
 KUBELET_LABEL = "testplane/kubelet"
+SERVICE = "10.96.0.1"  # the first address for Services is the API server's
 
 
 class KubectlError(Exception):
@@ -47,6 +48,7 @@ class ControlPlane:
     """One control plane; `start` and `stop`, or a with statement.
 
     folder: gets logs, keys, kubeconfig and (until `stop`) etcd's data.
+    address: where the API server listens; with real nodes, one that they reach.
     node_grace_seconds: a node whose kubelet is silent for this long becomes NotReady.
     manual: jq expression; pods for which it is true do nothing by themselves (see kubelet.py).
     flags: more flags by program, as in {"kube-apiserver": ["--watch-cache=false"]}; of a flag that
@@ -57,12 +59,14 @@ class ControlPlane:
         self,
         folder: Path,
         *,
+        address: str = "127.0.0.1",
         node_grace_seconds: int = 16,
         manual: str = MANUAL,
         flags: Mapping[str, Sequence[str]] | None = None,
         report: binaries.Report = binaries.to_stderr,
     ) -> None:
         self.folder = folder.resolve()
+        self.address = address
         self.node_grace_seconds = node_grace_seconds
         self.manual = manual
         self.flags = dict(flags or {})
@@ -105,7 +109,7 @@ class ControlPlane:
 
     def _start(self) -> None:
         etcd_port, peer_port, api_port = free_ports(3)
-        self.url = f"https://127.0.0.1:{api_port}"
+        self.url = f"https://{self.address}:{api_port}"
         self.write_kubeconfig(self.kubeconfig, self.token)
         self._write_settings()
         commands = {
@@ -160,6 +164,11 @@ class ControlPlane:
             self.start_apiserver()
 
     # --- access ---
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only programs of this machine reach it."""
+        return self.address.startswith("127.")
 
     @property
     def kubeconfig(self) -> Path:
@@ -272,9 +281,14 @@ class ControlPlane:
     def _write_keys(self) -> None:
         authority = trustme.CA()
         authority.cert_pem.write_to_path(str(self.ca))
-        server = authority.issue_cert("127.0.0.1", "localhost", "kubernetes.default.svc")
+        server = authority.issue_cert(self.address, SERVICE, "kubernetes.default.svc")
         server.cert_chain_pems[0].write_to_path(str(self.folder / "server.crt"))
         server.private_key_pem.write_to_path(str(self.folder / "server.key"))
+        # What the API server asks kubelets with, for logs.
+        asks = authority.issue_cert(
+            "apiserver.test", common_name="apiserver", organization_name="system:masters"
+        )
+        asks.private_key_and_cert_chain_pem.write_to_path(str(self.folder / "asks.pem"))
         accounts = authority.issue_cert("service-accounts.test")
         accounts.private_key_pem.write_to_path(str(self.folder / "accounts.key"))
         (self.folder / "tokens.csv").write_text(f'{self.token},admin,admin,"system:masters"\n')
@@ -313,7 +327,7 @@ class ControlPlane:
         accounts = self.folder / "accounts.key"
         return [
             f"--etcd-servers=http://127.0.0.1:{etcd_port}",
-            "--bind-address=127.0.0.1",
+            f"--bind-address={self.address}",
             f"--secure-port={port}",
             f"--tls-cert-file={self.folder / 'server.crt'}",
             f"--tls-private-key-file={self.folder / 'server.key'}",
@@ -324,7 +338,11 @@ class ControlPlane:
             f"--service-account-key-file={accounts}",
             f"--service-account-signing-key-file={accounts}",
             "--service-cluster-ip-range=10.96.0.0/16",
-            "--endpoint-reconciler-type=none",
+            # An address of loopback cannot be an endpoint of the Service `kubernetes`.
+            f"--endpoint-reconciler-type={'none' if self.is_local else 'lease'}",
+            f"--kubelet-client-certificate={self.folder / 'asks.pem'}",
+            f"--kubelet-client-key={self.folder / 'asks.pem'}",
+            "--kubelet-preferred-address-types=InternalIP",
             "--profiling=false",
         ]
 
