@@ -3,10 +3,10 @@
 and into its log, a line every ten seconds and for whatever is new.
 """
 
+import logging
 import os
 import time
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from cptjob_trainer.checkpoints import Resume, Saved
 from cptjob_trainer.narrator import Narrator, describe
 from cptjob_trainer.progress import CheckpointRef, Phase, Progress, StorePublisher
 from cptjob_trainer.state import LoopState
+
+log = logging.getLogger(__name__)
 
 INTERVAL_SECONDS = 0.5
 # Speed, and the estimate of what remains, follow about this many steps.
@@ -27,7 +29,7 @@ class Reporter:
     def __init__(self, rank: int, flops_per_token: float, peak_flops: float | None, epochs: float):
         address = os.environ.get(STORE_VARIABLE, "") if rank == 0 else ""
         self._publisher = StorePublisher(address) if address else None
-        self._narrator = Narrator(partial(print, flush=True)) if rank == 0 else None
+        self._narrator = Narrator(log.info) if rank == 0 else None
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._epochs = epochs
         self._progress = Progress(phase="Loading")
@@ -76,7 +78,7 @@ class Reporter:
 
     def evaluation(self, values: dict[str, float]) -> None:
         self._update(metrics=self._progress.metrics | values)
-        self._log(", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+        log.info("step %d: %s", self._progress.current_step, _figures(values))
         self._send(force=True)
 
     def saved(self, saved: Saved) -> None:
@@ -90,7 +92,6 @@ class Reporter:
     def _checkpoint(self, step: int, path: Path, time: datetime) -> None:
         reference = CheckpointRef(step=step, time=time, uri=path.absolute().as_uri())
         self._update(last_checkpoint=reference)
-        self._log()
         self._send(force=True)
 
     def close(self) -> None:
@@ -104,12 +105,6 @@ class Reporter:
         if self._narrator is not None:
             self._narrator.tell(self._progress.phase, self._words)
 
-    def _log(self, more: str = "") -> None:
-        """A line at once."""
-        if self._narrator is not None:
-            words = "; ".join(each for each in (self._words(), more) if each)
-            self._narrator.tell(self._progress.phase, lambda: words, now=True)
-
     def _words(self) -> str:
         return describe(self._progress.model_dump(by_alias=True))
 
@@ -118,3 +113,7 @@ class Reporter:
         if self._publisher is not None and (force or now - self._sent >= INTERVAL_SECONDS):
             self._sent = now
             self._publisher.publish(self._progress)
+
+
+def _figures(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in values.items())

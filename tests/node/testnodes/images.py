@@ -179,15 +179,18 @@ def _import(name: str, built: str, socket: Path) -> None:
     for digest in known:
         (blobs / digest).hardlink_to(content / digest)
     _do(["buildah", "push", "--quiet", built, f"oci:{layout}:{name}"], f"packing {name}")
-    archive = layout.with_suffix(".tar")
-    with tarfile.open(archive, "w") as tar:
-        for path in (layout / "oci-layout", layout / "index.json", *blobs.iterdir()):
-            if path.name not in known:
+    new = [path for path in blobs.iterdir() if path.name not in known]
+    started = time.monotonic()
+    ctr = ["ctr", f"--address={socket}", "--namespace=k8s.io", "images", "import", "-"]
+    with subprocess.Popen(ctr, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+        with tarfile.open(fileobj=process.stdin, mode="w|") as tar:
+            for path in (layout / "oci-layout", layout / "index.json", *new):
                 tar.add(path, path.relative_to(layout))
+        process.communicate()
     shutil.rmtree(layout)
-    ctr = ["ctr", f"--address={socket}", "--namespace=k8s.io", "images"]
-    _do([*ctr, "import", str(archive)], f"unpacking {name}")
-    archive.unlink()
+    if process.returncode != 0:
+        raise NeedError(f"containerd did not take {name} ({process.returncode})")
+    print(f"unpacking {name}: {time.monotonic() - started:.0f} s", flush=True)
 
 
 def copy_store(target: Path) -> None:
