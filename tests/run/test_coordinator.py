@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from cptjob_trainer import coordinator, termination
 from cptjob_trainer.config import digest
+from cptjob_trainer.progress import Progress
 
 MakeJob = Callable[..., Any]
 
@@ -61,6 +63,16 @@ def test_a_full_disk_keeps_no_warning_from_whoever_watches(job: MakeJob) -> None
     made.wait_until((made.directory / "store.address").exists, "the store is there")
     address = (made.directory / "http.address").read_text().strip()
     assert json.loads(_get(address, "/warnings")[1]) == ["little data"]
+
+
+def test_a_last_report_of_many_data_sets_fits_the_termination_message() -> None:
+    metrics = {f"heldout/source-{number}": 1.0 for number in range(200)}
+    last = Progress(current_step=9, metrics={**metrics, "heldout_domain_loss": 2.0})
+    said = coordinator._short(last)
+    assert len(said.encode()) <= termination.MAX_MESSAGE_BYTES
+    kept = json.loads(said)["metrics"]
+    assert kept["heldout_domain_loss"] == 2.0
+    assert len(kept) > 20
 
 
 def test_a_stop_after_the_end_of_the_job_changes_nothing(job: MakeJob) -> None:

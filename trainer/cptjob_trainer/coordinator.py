@@ -280,10 +280,17 @@ def _say_how_it_ended(last: Progress, ended: Termination) -> None:
     A complete job's message is the last report, so that its figures are not lost with the process.
     """
     complete = ended.exit_code == 0
-    reason, message = (
-        ("Complete", last.to_json().decode()) if complete else ("Ended", ended.message)
-    )
+    reason, message = ("Complete", _short(last)) if complete else ("Ended", ended.message)
     termination.write(Termination(0, reason, message, time=time.time()))
+
+
+def _short(last: Progress) -> str:
+    """The report as JSON that fits a termination message; figures of single data sets go first."""
+    metrics = dict(sorted(last.metrics.items(), key=lambda item: "/" in item[0]))
+    while len(said := last.to_json()) > termination.MAX_MESSAGE_BYTES and metrics:
+        metrics.popitem()
+        last = last.model_copy(update={"metrics": metrics})
+    return said.decode()
 
 
 def _words(progress: Progress) -> str:

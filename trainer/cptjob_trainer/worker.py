@@ -50,6 +50,8 @@ def main(config_path: str) -> None:
     device = _device()
     _make_repeatable(config)
     with process_group(world, device):
+        # Of every rank, so that each pod's log says which one it has.
+        print(f"rank {rank} of {world} on {device}", file=sys.stderr, flush=True)
         _train(config, prepared, Runtime.of(config.training, rank, world, device), stop)
 
 

@@ -119,6 +119,7 @@ class Cluster:
         profile = Profile.from_json(text) if text is not None else None
         claims = await self._claims(job, profile)
         used = await self._used_gpus(job, self._looked_at(entry.id, job, profile))
+        await self._last_words(job, entry.id)
         # From here on nothing waits, so that all parts are of one moment.
         pods, vanished = self._known.pods_of(entry.id)
         return job, Observed(
@@ -132,6 +133,15 @@ class Cluster:
             report=self._reports.get(entry.uid),
             refused={kind: each.message for kind, each in self._refused.get(entry.uid, {}).items()},
         )
+
+    async def _last_words(self, job: CPTJob, id: JobId) -> None:
+        """Asks a coordinator that is about to go, as the last of a suspended job, what was saved."""
+        if not job.spec.suspend:
+            return
+        pods, _ = self._known.pods_of(id)
+        active = [pod for pod in pods if pod.active]
+        if len(active) == 1 and active[0].role is Role.COORDINATOR and active[0].deleting is None:
+            await self._reports.ask(active[0])
 
     def _parse(self, entry: cache.Job) -> CPTJob:
         known = self._parsed.get(entry.uid)

@@ -32,10 +32,11 @@ _LOOK_SECONDS = 1.0
 
 
 class Reports:
-    """The newest report of each job, by the job's uid."""
+    """The newest report of each job, by the job's uid. port: where coordinators answer."""
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = PORT) -> None:
         self._known: dict[str, Report] = {}
+        self._port = port
 
     def get(self, uid: str) -> Report | None:
         return self._known.get(uid)
@@ -45,6 +46,16 @@ class Reports:
 
     def forget(self, uid: str) -> None:
         self._known.pop(uid, None)
+
+    async def ask(self, pod: Pod) -> None:
+        """Asks this coordinator now, out of turn; without an answer what was known stays."""
+        try:
+            async with new_session() as session:
+                said = await fetch(session, pod.address or "", self._port)
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+            log.debug("%s: no last word: %s", pod.name, error)
+            return
+        self.put(pod.id.uid, Report(said, datetime.now(UTC)))
 
 
 class Puller:
@@ -72,13 +83,7 @@ class Puller:
         """Until it is cancelled."""
         gate = asyncio.Semaphore(_AT_ONCE)
         async with (
-            aiohttp.ClientSession(
-                timeout=_TIMEOUT,
-                cookie_jar=aiohttp.DummyCookieJar(),
-                connector=aiohttp.TCPConnector(limit=_AT_ONCE, force_close=True),
-                headers={"Accept-Encoding": "identity"},
-                auto_decompress=False,
-            ) as session,
+            new_session() as session,
             asyncio.TaskGroup() as group,
         ):
             while True:
@@ -127,6 +132,17 @@ class Puller:
         if key is not None and (before is None or before.progress != said):
             self._reports.put(pod.id.uid, Report(said, datetime.now(UTC)))
             self._changed(key)
+
+
+def new_session() -> aiohttp.ClientSession:
+    """Keeps nothing between two answers and unpacks none. Call it within a running loop."""
+    return aiohttp.ClientSession(
+        timeout=_TIMEOUT,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        connector=aiohttp.TCPConnector(limit=_AT_ONCE, force_close=True),
+        headers={"Accept-Encoding": "identity"},
+        auto_decompress=False,
+    )
 
 
 async def fetch(session: aiohttp.ClientSession, address: str, port: int) -> Mapping[str, Any]:

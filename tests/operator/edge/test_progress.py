@@ -1,13 +1,14 @@
 """What coordinators say is read with care."""
 
 from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
 import pytest
 from aiohttp import web
 
-from cptjob_operator.edge.progress import fetch
+from cptjob_operator.edge.progress import Reports, fetch
 
 Test = Callable[[Callable[[Any], Awaitable[None]]], None]
 
@@ -31,6 +32,26 @@ def test_a_json_object_is_taken(with_server: Test) -> None:
     async def test(server: Any) -> None:
         assert await asked(server, saying(b'{"currentStep": 3}')) == {"currentStep": 3}
         assert server.requests == [("GET", "/progress")]
+
+    with_server(test)
+
+
+def test_a_coordinator_is_asked_out_of_turn_and_without_an_answer_its_last_word_counts(
+    with_server: Test,
+) -> None:
+    pod: Any = SimpleNamespace(name="c", address="127.0.0.1", id=SimpleNamespace(uid="job"))
+
+    async def test(server: Any) -> None:
+        reports = Reports(server.port)
+        server.answer = saying(b'{"currentStep": 47}')
+        await reports.ask(pod)
+        for answer in (saying(b"", 503), saying(b"nonsense")):
+            server.answer = answer
+            await reports.ask(pod)
+        known = reports.get("job")
+        assert known is not None
+        assert known.progress == {"currentStep": 47}
+        assert len(server.requests) == 3
 
     with_server(test)
 

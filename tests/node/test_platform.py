@@ -1,0 +1,84 @@
+"""Where pods go, what they run, and what is said when they cannot."""
+
+import pytest
+from conftest import VALUES
+from team import LONG, Team
+
+from helmchart import CHART, NAME, NAMESPACE, Helm
+
+pytestmark = pytest.mark.soak
+
+
+def test_manual_mode_lands_on_exactly_the_named_nodes(team: Team) -> None:
+    manual = {"spec.scheduling": {"mode": "Manual", "nodeNames": ["node-b"]}}
+    trainer = {"spec.trainer": {"numNodes": 1, "numProcPerNode": 1}}
+    team.apply("manual", manual | trainer)
+    team.wait_for("manual", "Complete")
+    assert [pod["spec"]["nodeName"] for pod in team.pods("manual")] == ["node-b"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "phase", "kind", "reason", "words"),
+    [
+        (
+            {"spec.model.storageUri": "pvc://models/not-there"},
+            "Failed", "Failed", "ModelMissing", "not-there",
+        ),
+        (
+            {"spec.model.storageUri": "pvc://nothing/tiny"},
+            "Pending", "Ready", "WaitingForClaim", "nothing",
+        ),
+        (
+            {"spec.trainer.image": "registry.invalid/trainer:none"},
+            "Pending", "Ready", "ImagePullFailed", "registry.invalid/trainer:none",
+        ),
+    ],
+    ids=["model", "claim", "image"],
+)  # fmt: skip
+def test_what_is_missing_is_told_and_nothing_is_held(
+    team: Team, changes: dict[str, object], phase: str, kind: str, reason: str, words: str
+) -> None:
+    team.apply("job", changes)
+    team.wait(lambda: team.condition("job", kind).get("reason") == reason, f"it to say {reason}")
+    assert words in team.condition("job", kind)["message"]
+    assert not team.pods("job")
+    if phase == "Failed":
+        assert team.status("job")["phase"] == "Failed"
+
+
+def test_a_running_job_keeps_its_image_when_the_default_changes(team: Team, helm: Helm) -> None:
+    team.apply("job", LONG)
+    team.wait_for("job", "Running")
+    image = team.status("job")["resolved"]["image"]
+    upgrade = ["upgrade", NAME, str(CHART), "-n", NAMESPACE, "--wait", "--timeout", "2m"]
+    try:
+        helm.run(*upgrade, values=VALUES | {"trainerImage": {"tag": "another"}})
+        team.kubectl("delete", "pod", team.living("job")[0]["metadata"]["name"], "--wait=false")
+        team.wait_for("job", "Complete")
+    finally:
+        helm.run(*upgrade, values=VALUES)
+    pods = [*team.pods("job"), *team.pods("job", "coordinator")]
+    assert {pod["spec"]["containers"][0]["image"] for pod in pods} == {image}
+    assert team.status("job")["resolved"]["image"] == image
+
+
+def test_another_number_of_nodes_takes_effect_when_a_suspended_job_goes_on(team: Team) -> None:
+    one = {"numNodes": 1, "numProcPerNode": 1}
+    team.apply("job", LONG | {"spec.trainer": one})
+    for workers in (1, 2, 1):
+        team.kubectl(
+            *("patch", "cptjob", "job", "--type=merge", "-p"),
+            f'{{"spec":{{"suspend":false,"trainer":{{"numNodes":{workers}}}}}}}',
+        )
+        team.wait_for("job", "Running")
+        assert len(team.living("job")) == workers
+        made = len(team.steps("job"))
+        team.wait(lambda made=made: len(team.steps("job")) >= made + 20, "twenty steps more")
+        if workers == 1 and made:
+            break
+        stop = '{"spec":{"suspend":true}}'
+        team.kubectl("patch", "cptjob", "job", "--type=merge", "-p", stop)
+        team.wait_for("job", "Suspended")
+    team.wait_for("job", "Complete")
+    total = team.status("job")["resolved"]["totalSteps"]
+    assert team.steps("job") == list(range(1, total + 1))
