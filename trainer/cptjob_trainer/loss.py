@@ -120,9 +120,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         (scale,) = grads
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         weight_type, bias_type = ctx.types
-        # The gradients are this function's own and used once, so they are scaled in place.
+        # The gradients are this function's own and used once, so they are scaled in place. With a
+        # dimension, the scale makes the product fp32 where a scalar would be rounded to bf16 first.
         return (
-            None if grad_hidden is None else grad_hidden.mul_(scale.to(grad_hidden.dtype)),
+            None if grad_hidden is None else grad_hidden.mul_(scale.reshape(1)),
             None if grad_weight is None else grad_weight.mul_(scale).to(weight_type),
             None if grad_bias is None else grad_bias.mul_(scale).to(bias_type),
             None,
