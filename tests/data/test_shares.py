@@ -5,7 +5,7 @@ from fractions import Fraction
 import pytest
 
 from cptjob_trainer.errors import ConfigError
-from cptjob_trainer.shares import Share, quotas, steps
+from cptjob_trainer.shares import Share, asked, quotas, steps
 
 
 def share(name: str, rows: int, weight: float | None = None, *, general: bool = False) -> Share:
@@ -54,3 +54,13 @@ def test_the_last_step_may_be_short(
     rows: int, batch: int, limit: int | None, expected: int
 ) -> None:
     assert steps(rows, batch, limit) == expected
+
+
+def test_the_asked_shares_are_those_of_the_manifest_before_rows_are_rounded() -> None:
+    parts = [share("a", 3, 3.0), share("b", 9, 1.0), share("g", 5, 0.2, general=True)]
+    assert asked(parts) == (0.6, 0.2, 0.2)
+    assert asked([share("a", 1), share("b", 3), share("g", 5, general=True)]) == (
+        0.2375,
+        0.7125,
+        0.05,
+    )

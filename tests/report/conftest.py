@@ -36,7 +36,7 @@ class Run:
     @property
     def entries(self) -> list[dict[str, Any]]:
         return [
-            {"name": name, "role": role, "documents": 10, "tokens": 4096, "rows": 8}
+            {"name": name, "role": role, "documents": 10, "tokens": 4096, "rows": 8, "weight": None}
             for name, role in self.sources.items()
         ]
 

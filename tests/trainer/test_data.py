@@ -77,6 +77,18 @@ def test_the_last_batch_is_filled_with_rows_of_weight_zero() -> None:
     assert sum(len(micro.numbers) for micro in step.micro_batches) == 5
 
 
+def test_a_system_prompt_fills_places_and_is_no_token_of_its_source() -> None:
+    class Source:
+        def row(self, index: int) -> Row:
+            return row([1, 2, 3, index + 4], masked=[0, 1, 2])
+
+    shape = BatchShape(micro_batch=2, max_length=6, pad_id=0, packed=True)
+    mix = Mix([5], [5], 0)
+    step = Batcher([Source()], mix, shape, global_batch=5, rank=0, world=1).step(0)
+    assert step.tokens_by_source == {0: 5}
+    assert (step.filled, step.slots) == (20, 30)
+
+
 def test_reading_ahead_gives_what_reading_step_by_step_gives() -> None:
     one = batcher(0, 1)
     ahead = [step.micro_batches[0].ids.tolist() for step in one.steps(0, 2)]

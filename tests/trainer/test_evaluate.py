@@ -2,10 +2,42 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cptjob_trainer.evaluate import HeldOut, load_base, save_base
+import pytest
+
+from cptjob_trainer.evaluate import HeldOut, load_base, rows_per_source, save_base
+from cptjob_trainer.loop import Trainer
+from cptjob_trainer.rows import Row
+
+
+@pytest.mark.parametrize(
+    ("domain_rows", "available", "sources", "used"),
+    [
+        (10**6, 10**5, 1, 512),
+        (1000, 100, 1, 45),
+        (1000, 100, 2, 23),
+        (10, 100, 1, 8),
+        (10, 5, 1, 5),
+    ],
+)
+def test_so_many_held_out_rows_are_used_as_one_epoch_affords(
+    domain_rows: int, available: int, sources: int, used: int
+) -> None:
+    assert rows_per_source(domain_rows, available, sources) == used
+
+
+def test_the_length_of_a_job_does_not_decide_which_held_out_rows_are_measured(
+    model_dir: Callable[..., Path],
+    trainer: Callable[..., Trainer],
+    rows: Callable[..., list[Row]],
+) -> None:
+    given, path = rows(400, 16, 1), model_dir("llama")
+    for steps in (1, 1000):
+        assert trainer(path, given, total_steps=steps).evaluator.counts == [18]
+
 
 DIVERGED = HeldOut({"Domain": math.nan, "General": 2.5}, {"law": math.inf, "web": 2.5}, 100)
 

@@ -20,9 +20,10 @@ class StepRows:
 
     micro_batches: list[Batch]
     targets: int = 0
-    # By position in the list of sources.
+    # Of documents, by position in the list of sources. A repeated system prompt is no part of them.
     tokens_by_source: dict[int, int] = field(default_factory=dict)
-    # Places in the arrays, padding included.
+    # Places in the arrays: those of tokens, system prompts included, and all, padding included.
+    filled: int = 0
     slots: int = 0
 
 
@@ -60,7 +61,8 @@ class Batcher:
                 source, index = self.mix.locate(number)
                 row = self.sources[source].row(index)
                 known = result.tokens_by_source.get(source, 0)
-                result.tokens_by_source[source] = known + len(row.tokens)
+                result.tokens_by_source[source] = known + len(row.tokens) - int(row.masked.sum())
+                result.filled += len(row.tokens)
             picked.append(row)
             numbers.append(number)
         size = self.shape.micro_batch

@@ -56,7 +56,7 @@ def assemble(config: TrainerConfig, prepared: Prepared, runtime: Runtime) -> Com
         model=model,
         optimizer=optimizer,
         batcher=batcher,
-        evaluator=Evaluator(prepared.heldout, batcher.shape, runtime, prepared.total_rows),
+        evaluator=Evaluator(prepared.heldout, batcher.shape, runtime, _domain_rows(prepared)),
         checkpoints=Checkpoints(
             config.paths.output / "checkpoints",
             uid=config.uid,
@@ -70,6 +70,10 @@ def assemble(config: TrainerConfig, prepared: Prepared, runtime: Runtime) -> Com
         reporter=reporter,
         total_steps=prepared.total_steps,
     )
+
+
+def _domain_rows(prepared: Prepared) -> int:
+    return sum(source.rows() for source in prepared.sources if source.role == "Domain")
 
 
 def make_batcher(config: TrainerConfig, prepared: Prepared, runtime: Runtime) -> Batcher:

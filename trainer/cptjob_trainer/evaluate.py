@@ -19,8 +19,8 @@ from cptjob_trainer.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
-# Evaluation may cost this share of a run's time. A row costs a third of what it costs in training
-# (forward 1, backward 2), and a run has two evaluations at least.
+# Evaluation may cost this share of the time of one epoch. A row costs a third of what it costs in
+# training (forward 1, backward 2), and a run has two evaluations at least.
 TIME_SHARE = 0.03
 ROWS_AT_LEAST = 8
 ROWS_AT_MOST = 512
@@ -40,13 +40,14 @@ class HeldOut:
         return values | {f"heldout/{name}": loss for name, loss in self.by_source.items()}
 
 
-def rows_per_source(total_rows: int, available: int, sources: int) -> int:
+def rows_per_source(domain_rows: int, available: int, sources: int) -> int:
     """Rows of one of `sources` held-out sources that are used: within the time share, from 8 to 512.
 
-    Two evaluations of all sources, at a third of the price, fit into the share; a run of few rows
-    takes 8 of each source nevertheless, or the figures would be noise.
+    Two evaluations of all sources, at a third of the price, fit into the share of one epoch; of few
+    rows 8 of each source are taken nevertheless, or the figures would be noise. Epochs, steps and
+    weights decide nothing: losses of two jobs on the same data are of the same rows.
     """
-    affordable = math.ceil(TIME_SHARE * 1.5 * total_rows / sources)
+    affordable = math.ceil(TIME_SHARE * 1.5 * domain_rows / sources)
     return min(available, max(ROWS_AT_LEAST, min(ROWS_AT_MOST, affordable)))
 
 
@@ -55,14 +56,18 @@ class Interrupted(Exception):
 
 
 class Evaluator:
-    """Evaluates the same rows each time, shared between the ranks."""
+    """Evaluates the same rows each time, shared between the ranks.
+
+    `domain_rows`: how many rows the domain text has to train on, each once.
+    """
 
     def __init__(
-        self, sources: Sequence[Any], shape: BatchShape, runtime: Runtime, total_rows: int
+        self, sources: Sequence[Any], shape: BatchShape, runtime: Runtime, domain_rows: int
     ) -> None:
         self.sources = [s for s in sources if s.rows() > 0]
         self.counts = [
-            rows_per_source(total_rows, source.rows(), len(self.sources)) for source in self.sources
+            rows_per_source(domain_rows, source.rows(), len(self.sources))
+            for source in self.sources
         ]
         self.shape, self.runtime = shape, runtime
 

@@ -40,6 +40,7 @@ class Agreed:
     """What all ranks know before a step."""
 
     targets: int
+    filled: int
     stop: bool
     evaluate: bool
     tokens_by_source: dict[str, int]
@@ -115,12 +116,11 @@ class Trainer:
         counts = [rows.tokens_by_source.get(at, 0) for at in range(len(self.source_names))]
         # Only rank 0's clock decides on an evaluation: ranks of two minds would wait for ever.
         due = self.runtime.rank == 0 and self._evaluation_due()
-        values = [rows.targets, int(self.stop_asked()), int(due), *counts]
-        targets, stops, evaluations, *tokens = self.runtime.counts(values)
+        values = [rows.targets, rows.filled, int(self.stop_asked()), int(due), *counts]
+        targets, filled, stops, evaluations, *tokens = self.runtime.counts(values)
         named = zip(self.source_names, tokens, strict=True)
-        return Agreed(
-            targets, stops > 0, evaluations > 0, {n: count for n, count in named if count}
-        )
+        by_source = {name: count for name, count in named if count}
+        return Agreed(targets, filled, stops > 0, evaluations > 0, by_source)
 
     # --- around the step ----------------------------------------------------------------------
 
@@ -160,8 +160,8 @@ class Trainer:
             "tokensPerSecond": tokens / max(seconds + data_wait, 1e-9),
             "seconds": seconds,
             "dataWait": data_wait,
-            "padding": 1.0 - tokens / max(1, slots * self.runtime.world),
-            "mfu": self.reporter.mfu(tokens, seconds + data_wait),
+            "padding": 1.0 - agreed.filled / max(1, slots * self.runtime.world),
+            "mfu": self.reporter.mfu(agreed.filled, seconds + data_wait),
         }
         if step.skipped:
             values["skipped"] = True

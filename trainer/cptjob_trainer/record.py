@@ -15,7 +15,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from cptjob_trainer import shares
+from cptjob_trainer.errors import ConfigError
 from cptjob_trainer.metrics import read_metrics
+from cptjob_trainer.shares import Share
 
 Column = npt.NDArray[np.float64]
 State = Literal["Complete", "Running", "Stopped", "Not complete"]
@@ -54,7 +57,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class SourceRecord:
-    """A training source: what there is of it, its asked share of the tokens, and what was trained."""
+    """A training source: what there is of it, its asked share of the mix, and what was trained."""
 
     name: str
     role: str
@@ -169,11 +172,11 @@ def _read_metrics(path: Path) -> tuple[Steps, tuple[Evaluation, ...]]:
             columns[name].append(_number(line.get(key)))
         skipped.append(bool(line.get("skipped", False)))
     arrays = {name: np.array(values, dtype=np.float64) for name, values in columns.items()}
-    shares = {}
+    trained = {}
     for source, found in by_source.items():
-        shares[source] = np.zeros(len(skipped))
-        shares[source][list(found)] = list(found.values())
-    steps = Steps(**arrays, skipped=np.array(skipped, dtype=np.bool_), by_source=shares)
+        trained[source] = np.zeros(len(skipped))
+        trained[source][list(found)] = list(found.values())
+    steps = Steps(**arrays, skipped=np.array(skipped, dtype=np.bool_), by_source=trained)
     return steps, tuple(evaluations)
 
 
@@ -243,7 +246,7 @@ def _sources(
 ) -> tuple[SourceRecord, ...]:
     """Sources of the manifest or of the prepared data, then those that only the metrics name."""
     entries = _list(_mapping(manifest.get("data")).get("sources"))
-    asked = _asked_shares(entries) or _asked_shares(_with_quotas(prepared))
+    asked = _asked_shares(entries) or _asked_shares(_list(prepared.get("sources")))
     trained = {name: int(column.sum()) for name, column in steps.by_source.items()}
     if not len(steps):
         said = _numbers(manifest.get("tokensBySource"))
@@ -267,21 +270,22 @@ def _sources(
 
 
 def _asked_shares(sources: Iterable[object]) -> dict[str, float]:
-    """Share of the tokens that the mix draws from each source: its rows, at its tokens per row."""
-    drawn = {}
-    for source in map(_mapping, sources):
-        tokens = _number(source.get("quota")) * _number(source.get("tokens"))
-        rows = _number(source.get("rows"))
-        if rows > 0 and not math.isnan(tokens):
-            drawn[str(source.get("name"))] = tokens / rows
-    total = sum(drawn.values())
-    return {name: tokens / total for name, tokens in drawn.items()} if total > 0 else {}
-
-
-def _with_quotas(prepared: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The sources of prepared data, each with its quota, as a manifest has them."""
-    pairs = zip(_list(prepared.get("sources")), _list(prepared.get("quotas")), strict=False)
-    return [{**_mapping(source), "quota": quota} for source, quota in pairs]
+    """The share of the mix that was asked for each source; empty where that is not told."""
+    entries = [_mapping(source) for source in sources]
+    given = [
+        Share(
+            str(entry.get("name")),
+            entry.get("role") == "General",
+            _count(entry.get("rows")) or 0,
+            _known(entry["weight"]),
+        )
+        for entry in entries
+        if "weight" in entry
+    ]
+    try:
+        return dict(zip((share.name for share in given), shares.asked(given), strict=True))
+    except (ConfigError, ArithmeticError, KeyError):
+        return {}
 
 
 # --- values as they are found ---------------------------------------------------------------------

@@ -126,7 +126,8 @@ def _tiles(record: Record) -> list[Tile]:
             f"{100 * record.step / total:.3g} %" if total else "total not known",
         )
     )
-    tiles.append(Tile("Tokens trained", short(record.tokens), f"{record.tokens:,}"))
+    prompt = ", without the system prompts" if record.settings.get("systemPrompt") else ""
+    tiles.append(Tile("Tokens trained", short(record.tokens), f"{record.tokens:,}{prompt}"))
     tiles.append(Tile("Training time", duration(record.training_seconds), _evaluating(record)))
     tiles.append(Tile("Tokens per second", _number(speed, short), _utilisation(record)))
     return tiles

@@ -48,6 +48,21 @@ def quotas(shares: Sequence[Share], epochs: int) -> tuple[int, ...]:
     return tuple(drawn[share.name] for share in shares)
 
 
+def asked(shares: Sequence[Share]) -> tuple[float, ...]:
+    """The share of all rows that was asked for each source: `quotas` before they are rounded."""
+    general = [share for share in shares if share.general]
+    domain = [share for share in shares if not share.general]
+    parts = _general_parts(general) if general else {}
+    rest = 1 - sum(parts.values(), Fraction(0))
+    sizes = {
+        share.name: Fraction(share.rows) if share.weight is None else _exact(share.weight)
+        for share in domain
+    }
+    whole = sum(sizes.values(), Fraction(0))
+    parts |= {name: rest * size / whole for name, size in sizes.items()}
+    return tuple(float(parts[share.name]) for share in shares)
+
+
 def _general_parts(general: Sequence[Share]) -> dict[str, Fraction]:
     """The share of all rows of each general source."""
     if general[0].weight is None:

@@ -10,7 +10,7 @@ class LoopState:
 
     # Optimizer steps done; the next step is this number, counting from 0.
     step: int = 0
-    # Tokens and target tokens trained so far.
+    # Tokens of documents (BOS and EOS included, system prompts not) and target tokens trained so far.
     tokens: int = 0
     targets: int = 0
     tokens_by_source: dict[str, int] = field(default_factory=dict)
