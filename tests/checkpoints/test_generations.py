@@ -1,12 +1,14 @@
 """Who owns a run, which checkpoints count, and which are kept."""
 
+import errno
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cptjob_trainer import generations
+from cptjob_trainer import disk, generations
 from cptjob_trainer.errors import MismatchError, OutputBusyError, OutputError
 
 
@@ -153,3 +155,40 @@ def test_a_folder_that_cannot_be_made_is_an_output_error(lab: Any) -> None:
     lab.directory.parent.joinpath("checkpoints").write_text("a file")
     with pytest.raises(OutputError, match="cannot write"):
         lab.make().open()
+
+
+def no_links(*_: Any) -> None:
+    raise OSError(errno.EPERM, "no hard links here")
+
+
+def test_a_claim_that_could_not_be_written_in_full_does_not_block_the_next_start(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync, synced = os.fsync, []
+
+    def full_in_the_end(descriptor: int) -> None:
+        synced.append(descriptor)
+        if len(synced) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(descriptor)
+
+    lab.directory.mkdir()
+    path = lab.directory / "generation-1.json"
+    with monkeypatch.context() as volume:
+        volume.setattr(os, "link", no_links)
+        volume.setattr(os, "fsync", full_in_the_end)
+        with pytest.raises(OSError, match="No space left"):
+            disk.create(path, b"{}")
+    assert os.listdir(lab.directory) == []
+    lab.train(1)
+    assert lab.names() == ["step-1.1"]
+
+
+def test_without_hard_links_too_a_claim_is_made_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "link", no_links)
+    disk.create(tmp_path / "claim", b"first")
+    with pytest.raises(FileExistsError):
+        disk.create(tmp_path / "claim", b"second")
+    assert (tmp_path / "claim").read_bytes() == b"first"

@@ -1,7 +1,9 @@
 """metrics.jsonl and TensorBoard's events tell of one lineage, however often a run was cut short."""
 
+import errno
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -47,6 +49,34 @@ def test_a_full_disk_is_told_as_such(tmp_path: Path) -> None:
     log._file = open("/dev/full", "a")  # noqa: SIM115
     with pytest.raises(StorageFullError, match="goes on from the last checkpoint"):
         log.write(step=1, loss=1.0)
+
+
+@pytest.mark.parametrize("error", [errno.EFBIG, errno.EDQUOT])
+def test_every_kind_of_no_room_is_told_as_such(error: int, tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0)
+    with pytest.raises(StorageFullError, match="no space is left"), log._on_disk():
+        raise OSError(error, "no room")
+
+
+@pytest.mark.parametrize("failing", ["__init__", "add_scalar", "close"])
+def test_events_that_cannot_be_written_are_given_up_with_one_warning(
+    failing: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(f"torch.utils.tensorboard.SummaryWriter.{failing}", full)
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0, tmp_path / "tensorboard")
+    for step in (1, 2):
+        log.write(step=step, loss=float(step))
+    log.close()
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "No space left on device" in message
+    assert str(tmp_path / "metrics.jsonl") in message
 
 
 def test_what_is_no_number_is_null_in_the_file(tmp_path: Path) -> None:

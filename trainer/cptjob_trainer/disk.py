@@ -34,8 +34,7 @@ def create(path: Path, content: bytes) -> None:
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
-            # No hard links here. A torn file shows by its digest.
-            _write_synced(path, content)
+            _create_in_place(path, content)
     finally:
         temporary.unlink(missing_ok=True)
     sync_directory(path.parent)
@@ -98,6 +97,17 @@ def amount(count: float) -> str:
         if count < 1000:
             return f"{count:.1f} {unit}"
     return f"{count / 1000:.1f} TB"
+
+
+def _create_in_place(path: Path, content: bytes) -> None:
+    """For volumes without hard links: a torn file would hold the name for good, so it is removed."""
+    try:
+        _write_synced(path, content)
+    except FileExistsError:
+        raise
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _write_synced(path: Path, content: bytes) -> None:

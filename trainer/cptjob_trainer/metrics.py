@@ -1,7 +1,7 @@
 """`metrics.jsonl`: one line per step or evaluation, of one lineage."""
 
-import errno
 import json
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -9,7 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cptjob_trainer.disk import is_full
 from cptjob_trainer.errors import OutputError, StorageFullError
+
+log = logging.getLogger(__name__)
 
 
 class MetricsLog:
@@ -29,7 +32,8 @@ class MetricsLog:
         if events is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._events = SummaryWriter(str(events), purge_step=step + 1)
+            with self._spare_events():
+                self._events = SummaryWriter(str(events), purge_step=step + 1)
 
     def _open(self, path: Path, step: int, evaluated: bool) -> None:
         # One after the other: a long run has more of them than fit into memory as objects.
@@ -47,12 +51,26 @@ class MetricsLog:
         try:
             yield
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if is_full(error):
                 raise StorageFullError(
                     f"{self._path}: no space is left; free some and run the same command again: it "
                     "goes on from the last checkpoint"
                 ) from error
             raise OutputError(f"{self._path}: cannot be written: {error.strerror}") from error
+
+    @contextmanager
+    def _spare_events(self) -> Iterator[None]:
+        """Events that cannot be written end here, and not the run: they only repeat the lines."""
+        try:
+            yield
+        except OSError as error:
+            self._events = None
+            log.warning(
+                "TensorBoard's events cannot be written (%s), there will be no more of them; %s has "
+                "every figure",
+                error.strerror,
+                self._path,
+            )
 
     def write(self, **values: Any) -> None:
         """One line, at once visible to readers."""
@@ -60,12 +78,14 @@ class MetricsLog:
             self._file.write(json.dumps(finite(values)) + "\n")
             self._file.flush()
         if self._events is not None:
-            for name, number in _scalars(values):
-                self._events.add_scalar(name, number, values["step"])
+            with self._spare_events():
+                for name, number in _scalars(values):
+                    self._events.add_scalar(name, number, values["step"])
 
     def close(self) -> None:
         if self._events is not None:
-            self._events.close()
+            with self._spare_events():
+                self._events.close()
         with self._on_disk():
             os.fsync(self._file.fileno())
             self._file.close()
