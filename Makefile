@@ -24,7 +24,7 @@ export PYTHONDONTWRITEBYTECODE :=
 .PHONY: help setup run test e2e tools soak gpu bench images fmt check generate manifests lock
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.run $(VOLUMES)/models/tiny/config.json ## make .venv, a tiny model and text to train on
 

@@ -27,7 +27,7 @@ COLUMN = 30
 
 LINES = {
     ".ci": "what a change must pass",
-    ".ci/run": "set-up, `make check`, `make tools`, `make test`, each timed",
+    ".ci/run": "set-up, `make check`, `make tools`, `make test`, `make e2e`, each timed",
     ".dockerignore": "what an image is made of",
     "CONTRIBUTING.md": "how to change this project",
     "LICENSE": "Apache-2.0",
@@ -67,6 +67,7 @@ LINES = {
     "tests/data": "documents, tokens, rows, mixing",
     "tests/end_to_end": "`cptjob run` with all of its processes, also killed at random",
     "tests/house": "locks, README, examples, dependencies",
+    "tests/node": "jobs train on real nodes: kubelet, containerd, the project's images",
     "tests/operator": "what the operator decides, and what its settings allow",
     "tests/report": "the page: what it tells, what it keeps out, unfinished runs",
     "tests/run": "coordinator, launcher, stopping, restarts",

@@ -30,8 +30,8 @@ def test_each_link_to_a_file_leads_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES[:2], ids=lambda page: page.name)
 def test_each_make_command_named_in_a_page_is_in_the_makefile(page: Path) -> None:
     makefile = (ROOT / "Makefile").read_text("utf-8")
-    targets = set(re.findall(r"^([a-z]+):.*## ", makefile, re.MULTILINE))
-    named = set(re.findall(r"(?:`|^    )make ([a-z]+)", page.read_text("utf-8"), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z0-9]+):.*## ", makefile, re.MULTILINE))
+    named = set(re.findall(r"(?:`|^    )make ([a-z0-9]+)", page.read_text("utf-8"), re.MULTILINE))
     assert named
     assert named <= targets
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from team import Team
+from team import VALUES, Team
 
 from helmchart import CHART, NAME, NAMESPACE, Helm
 from testnodes.cluster import Cluster
@@ -17,7 +17,6 @@ NODES = ("node-a", "node-b")
 #: Long enough for a loaded machine to renew the leases of its nodes, short enough to wait for.
 GRACE_SECONDS = 12
 RESTRICTED = "pod-security.kubernetes.io/enforce=restricted"
-VALUES = {"settings": {"pools": {"default": {}}}}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

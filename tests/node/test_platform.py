@@ -1,8 +1,7 @@
 """Where pods go, what they run, and what is said when they cannot."""
 
 import pytest
-from conftest import VALUES
-from team import LONG, Team
+from team import LONG, VALUES, Team
 
 from helmchart import CHART, NAME, NAMESPACE, Helm
 

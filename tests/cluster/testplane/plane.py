@@ -254,15 +254,17 @@ class ControlPlane:
         """Bytes that each program holds in memory."""
         return {name: daemon.memory() for name, daemon in self.daemons.items()}
 
-    def wait(self, happened: Callable[[], object], what: str) -> None:
+    def wait(
+        self, happened: Callable[[], object], what: str, seconds: float = READY_SECONDS
+    ) -> None:
         """Returns when `happened()` is true. Raises DaemonError when a program ends meanwhile."""
-        deadline = time.monotonic() + READY_SECONDS
+        deadline = time.monotonic() + seconds
         while not happened():
             for daemon in self.daemons.values():
                 if daemon.started:
                     daemon.check()
             if time.monotonic() > deadline:
-                raise DaemonError(f"waited {READY_SECONDS:.0f} s in vain for {what}")
+                raise DaemonError(f"waited {seconds:.0f} s in vain for {what}")
             time.sleep(0.05)
 
     def _is_ready(self) -> bool:

@@ -15,6 +15,7 @@ from testplane.daemon import Daemon
 from testplane.plane import ControlPlane
 
 POOL = "training.cptjob.io/pool"
+WAIT_SECONDS = 400.0  # a limit for a loaded machine, no measure
 OWNER = 65532  # the user of the images
 COREFILE = f"""\
 .:53 {{
@@ -107,7 +108,8 @@ class Cluster:
         }
 
     def wait(self, happened: Callable[[], object], what: str) -> None:
-        self.plane.wait(happened, what)
+        """Returns when `happened()` is true. Raises DaemonError."""
+        self.plane.wait(happened, what, WAIT_SECONDS)
 
     def volume(self, namespace: str, claim: str) -> Path:
         """A claim whose data lies in a folder that all nodes see, as with a shared filesystem."""
