@@ -12,8 +12,8 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,12 +29,15 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Stored:
-    """A checkpoint directory whose manifest is whole; its files are unread."""
+    """A checkpoint directory whose manifest is whole; its files are unread. `inputs` is what a
+    person calls those values of the lineage that are fingerprints.
+    """
 
     path: Path
     step: int
     generation: int
     lineage: dict[str, Any]
+    inputs: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def order(self) -> tuple[int, int]:
@@ -87,20 +90,54 @@ def _last_written(stored: list[Stored]) -> tuple[int, int]:
     return max(((each.generation, each.step) for each in stored), default=(-1, -1))
 
 
+_PEAK: Final = "training.learningRate"
+_FLOOR: Final = "training.schedule.minLearningRate"
+
+
 def mismatch(stored: Stored, lineage: dict[str, Any], named: Mapping[str, str]) -> str:
     """One sentence naming each value that differs between a checkpoint and the run.
 
     `named` has a person's words for the run's values that say nothing to a person.
     """
     absent = object()
-    parts = []
-    for key in sorted(stored.lineage.keys() | lineage.keys()):
-        theirs, ours = stored.lineage.get(key, absent), lineage.get(key, absent)
-        if theirs != ours:
-            told = ["absent" if value is absent else json.dumps(value) for value in (theirs, ours)]
-            words = f" ({named[key]})" if key in named else ""
-            parts.append(f"{key} is {told[0]} in the checkpoint and {told[1]} in this job{words}")
-    return f"the checkpoint {stored.path} belongs to another run: {'; '.join(parts)}"
+    theirs, ours = dict(_leaves(stored.lineage)), dict(_leaves(lineage))
+    every = sorted(theirs.keys() | ours.keys())
+    keys = [key for key in every if theirs.get(key, absent) != ours.get(key, absent)]
+    if _PEAK in keys and _FLOOR in keys and _ratio(theirs) == _ratio(ours):
+        keys.remove(_FLOOR)  # it only follows the peak
+    told = (
+        _named(key, stored.inputs[key], named[key])
+        if key in named and key in stored.inputs
+        else _valued(key, theirs, ours, named.get(key))
+        for key in keys
+    )
+    return f"the checkpoint {stored.path} belongs to another run: {'; '.join(told)}"
+
+
+def _ratio(lineage: Mapping[str, Any]) -> float | None:
+    peak, floor = lineage.get(_PEAK), lineage.get(_FLOOR)
+    return round(floor / peak, 9) if peak and floor is not None else None
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested objects, by dotted names."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _named(key: str, theirs: str, ours: str) -> str:
+    if theirs == ours:
+        return f"{key} is {ours} in both, and what that holds, or how it is used, has changed"
+    return f"{key} is {theirs} in the checkpoint and {ours} in this job"
+
+
+def _valued(key: str, theirs: Mapping[str, Any], ours: Mapping[str, Any], name: str | None) -> str:
+    told = [json.dumps(values[key]) if key in values else "absent" for values in (theirs, ours)]
+    words = "" if name is None else f" ({name})"
+    return f"{key} is {told[0]} in the checkpoint and {told[1]} in this job{words}"
 
 
 def lineage_digest(lineage: dict[str, Any]) -> str:
@@ -137,7 +174,13 @@ def scan(directory: Path, known: dict[Path, Stored] | None = None) -> Scan:
 
 def _stored(path: Path) -> Stored:
     manifest = read_manifest(path)
-    return Stored(path, manifest["step"], manifest["generation"], manifest["lineage"])
+    return Stored(
+        path,
+        manifest["step"],
+        manifest["generation"],
+        manifest["lineage"],
+        manifest.get("inputs", {}),
+    )
 
 
 def newest_generation(directory: Path) -> int:

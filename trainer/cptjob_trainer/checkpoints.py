@@ -317,6 +317,7 @@ class Checkpoints:
             "world": self._ranks.world,
             "software": software(),
             "lineage": self._lineage,
+            "inputs": self._inputs,
             "loop_state": loop_state,
             **index,
         }
