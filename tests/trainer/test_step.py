@@ -84,11 +84,14 @@ def test_activation_checkpointing_draws_the_dropout_masks_it_drew_before(
 def test_dropout_belongs_to_rows_and_not_to_the_micro_batches_they_are_in(
     model_type: str, model_dir: Build, rows: Build, trainer: Build, run_steps: Build
 ) -> None:
-    path = model_dir(model_type)
+    # Weights large enough that what attention drops is seen in the loss.
+    path = model_dir(model_type, initializer_range=0.2)
     packed = model_type != "bloom"
-    data = rows(20, 24, 2 if packed else 1)
+    # Rows that are not packed are of many lengths, each with others than its own beside it.
+    data = rows(20, 24, 2) if packed else [*rows(10, 24, 1), *rows(10, 90, 1)]
     settings: dict[str, Any] = {
-        "batch": 4, "total_steps": 6, "packed": packed, "dropout": Dropout(hidden=0.3, attention=0.3),
+        "batch": 4, "total_steps": 6, "packed": packed, "length": 24 if packed else 96,
+        "dropout": Dropout(hidden=0.3, attention=0.3),
     }  # fmt: skip
     whole = run_steps(trainer(path, data, micro=4, **settings), 6)
     parts = run_steps(trainer(path, data, micro=1, **settings), 6)

@@ -56,14 +56,17 @@ class BatchShape:
     max_length: int
     pad_id: int
     packed: bool
+    # Whether anything is dropped in training. Masks are drawn in the shape of the padded row, which
+    # must then not depend on the rows beside it.
+    dropping: bool = False
 
     def arrange(self, rows: Sequence[Row], numbers: Sequence[int]) -> Batch:
         """One micro-batch of these rows."""
         return arrange(rows, numbers, self._length(rows), self.pad_id)
 
     def _length(self, rows: Sequence[Row]) -> int:
-        """Always the full one when packed, so that compiled code is reused."""
-        if self.packed:
+        """Always the full one when packed, so that compiled code is reused, and when dropping."""
+        if self.packed or self.dropping:
             return self.max_length
         longest = max((len(row.tokens) for row in rows), default=1)
         return min(self.max_length, -(-max(longest, 1) // PAD_MULTIPLE) * PAD_MULTIPLE)

@@ -1,7 +1,7 @@
 """What a training process is made of, put together from its configuration and the prepared data."""
 
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,8 @@ def assemble(config: TrainerConfig, prepared: Prepared, runtime: Runtime) -> Com
     """Load the model and make everything around it. Collective. Raises ConfigError."""
     batcher = make_batcher(config, prepared, runtime)
     model = _model(config, prepared, runtime, batcher)
+    evaluator = Evaluator(prepared.heldout, batcher.shape, runtime, _domain_rows(prepared))
+    batcher.shape = replace(batcher.shape, dropping=model.dropping)
     reporter = _reporter(config, prepared, runtime, model)
     optimizer = build_optimizer(model, config.training)
     initialise_state(optimizer)
@@ -56,7 +58,7 @@ def assemble(config: TrainerConfig, prepared: Prepared, runtime: Runtime) -> Com
         model=model,
         optimizer=optimizer,
         batcher=batcher,
-        evaluator=Evaluator(prepared.heldout, batcher.shape, runtime, _domain_rows(prepared)),
+        evaluator=evaluator,
         checkpoints=Checkpoints(
             config.paths.output / "checkpoints",
             uid=config.uid,
