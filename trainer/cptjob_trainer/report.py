@@ -4,7 +4,6 @@ python -m cptjob_trainer.report OUT      write it again, also while the run goes
 """
 
 import argparse
-import errno
 import itertools
 import math
 import os
@@ -17,6 +16,7 @@ import jinja2
 import numpy as np
 
 from cptjob_trainer import advice
+from cptjob_trainer.disk import is_full
 from cptjob_trainer.errors import MissingInputError, OutputError, StorageFullError
 from cptjob_trainer.plots import data_wait_share, plots, scientific, short
 from cptjob_trainer.record import ROLES, Column, Record, read_record
@@ -102,7 +102,7 @@ def _write(path: Path, text: str) -> Path:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_full(error):
             raise StorageFullError(
                 f"{path}: no space left for the report; make room and run `cptjob report` again"
             ) from error
@@ -154,7 +154,7 @@ def _why_not_measured(record: Record, role: str) -> str:
     trained = {source.role for source in record.sources}
     if record.state != "Complete" and role in trained:
         return "not evaluated yet, or nothing of it is held out"
-    return advice.why_not_measured(role, trained)
+    return advice.why_not_measured(role, trained, record.split_percent)
 
 
 def _verdict(difference: float, role: str) -> str:
