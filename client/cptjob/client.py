@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from cptjob.cluster import RESTS, AsyncClient
+from cptjob.logs import LogLine
 from cptjob_api.conditions import Condition
 from cptjob_api.job import CPTJob
 
@@ -74,12 +75,13 @@ class Client:
 
     def watch(self, name: str) -> Iterator[CPTJob]:
         """See AsyncClient.watch."""
-        states = self._client.watch(name)
-        try:
-            while True:
-                yield self._run(_next(states))
-        finally:
-            self._run(states.aclose())
+        return self._each(self._client.watch(name))
+
+    def logs(
+        self, name: str, *, follow: bool = False, tail: int | None = None
+    ) -> Iterator[LogLine]:
+        """See AsyncClient.logs."""
+        return self._each(self._client.logs(name, follow=follow, tail=tail))
 
     def wait(
         self,
@@ -91,6 +93,16 @@ class Client:
         """See AsyncClient.wait."""
         return self._run(self._client.wait(name, until, seconds, see))
 
+    def _each(self, values: AsyncGenerator[T]) -> Iterator[T]:
+        try:
+            while True:
+                try:
+                    yield self._run(_next(values))
+                except StopAsyncIteration:
+                    return
+        finally:
+            self._run(values.aclose())
+
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
@@ -100,5 +112,5 @@ class Client:
             raise
 
 
-async def _next(states: AsyncGenerator[CPTJob]) -> CPTJob:
-    return await anext(states)
+async def _next(values: AsyncGenerator[T]) -> T:
+    return await anext(values)

@@ -1,4 +1,4 @@
-"""CPTJobs of a cluster, for asyncio: create, read, wait for, follow, suspend, resume, delete."""
+"""CPTJobs of a cluster, for asyncio: create, read, wait for, follow, logs, suspend, resume, delete."""
 
 import asyncio
 import json
@@ -11,6 +11,8 @@ from typing import Any, Self
 import aiohttp
 from kubernetes.aio import client, config
 
+from cptjob import logs
+from cptjob.logs import LogLine
 from cptjob_api.conditions import Condition
 from cptjob_api.job import GROUP, PLURAL, VERSION, CPTJob
 from cptjob_trainer.errors import (
@@ -151,6 +153,19 @@ class AsyncClient:
             raise TooLongError(f"job {name} is not {words} after {seconds:g} s") from error
         raise AssertionError("a watch ends by an error only")
 
+    def logs(
+        self, name: str, *, follow: bool = False, tail: int | None = None
+    ) -> AsyncGenerator[LogLine]:
+        """What the job's pods say, of all ranks and of all attempts whose pods are still there.
+
+        follow: goes on until the job has ended or is gone. tail: so many last lines of each pod.
+        """
+        return (logs.follow if follow else logs.read)(self, name, tail)
+
+    async def call(self, request: Callable[[client.CoreV1Api], Awaitable[Any]]) -> Any:
+        """Sends a request about pods. Raises MissingInputError where it finds none."""
+        return await self._send(None, lambda api: request(client.CoreV1Api(api)))
+
     async def _changes(self, name: str, version: str | None) -> AsyncGenerator[CPTJob]:
         """Changes since `version`, for a while."""
         response = await self._ask(
@@ -190,26 +205,36 @@ class AsyncClient:
         return _job(changed)
 
     async def _ask(
+        self, name: str | None, request: Callable[[client.CustomObjectsApi, Object], Awaitable[Any]]
+    ) -> Any:
+        """Sends a request that is about the job `name`."""
+
+        def send(api: client.ApiClient) -> Awaitable[Any]:
+            place = {
+                "group": GROUP,
+                "version": VERSION,
+                "plural": PLURAL,
+                "namespace": self.namespace,
+            }
+            return request(client.CustomObjectsApi(api), place)
+
+        return await self._send(name, send)
+
+    async def _send(
         self,
         name: str | None,
-        request: Callable[[client.CustomObjectsApi, Object], Awaitable[Any]],
+        request: Callable[[client.ApiClient], Awaitable[Any]],
         again: bool = True,
     ) -> Any:
-        """Sends a request that is about the job `name`; once more when credentials have expired."""
+        """Sends a request; once more when credentials have expired."""
         if self._api is None:
             await self._connect()
-        place = {
-            "group": GROUP,
-            "version": VERSION,
-            "plural": PLURAL,
-            "namespace": self.namespace,
-        }
         try:
-            return await request(client.CustomObjectsApi(self._api), place)
+            return await request(self._api)
         except client.ApiException as error:
             if error.status == 401 and again:
                 await self.close()
-                return await self._ask(name, request, again=False)
+                return await self._send(name, request, again=False)
             raise self._explained(error, name) from error
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             host = self._api.configuration.host if self._api else ""
@@ -243,6 +268,8 @@ class AsyncClient:
     def _explained(self, error: client.ApiException, name: str | None) -> CPTJobError:
         said = _said(error)
         if error.status == 404:
+            if said.get("details", {}).get("kind") == "pods":
+                return MissingInputError(f"the pod {said['details'].get('name')} is gone")
             if name is not None and said.get("details", {}).get("name") == name:
                 return MissingInputError(f"there is no job {name} in namespace {self.namespace}")
             return ClusterError(

@@ -1,4 +1,4 @@
-"""The commands that speak to a cluster: `cptjob submit`, `status`, `suspend`, `resume`, `cancel`."""
+"""The commands that speak to a cluster: `cptjob submit`, `status`, `logs`, `suspend`, `resume`, `cancel`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -75,6 +75,25 @@ def status(name: str | None, watch: bool, **place: str | None) -> int:
 
 @click.command()
 @click.argument("name")
+@click.option("-f", "--follow", is_flag=True, help="Go on until the job has ended.")
+@click.option(
+    "--tail", type=click.IntRange(min=0), metavar="N", help="Of each pod the last N lines."
+)
+@place_options
+def logs(name: str, follow: bool, tail: int | None, **place: str | None) -> int:
+    """Print what the pods of the job NAME say, each line with its pod.
+
+    w1 is worker 1 and c0 the coordinator; w1.2.0 is worker 1 of attempt 2, and its replacement 0
+    there.
+    """
+    with _client(place) as cluster:
+        for line in cluster.logs(name, follow=follow, tail=tail):
+            click.echo(f"{click.style(line.source, fg=_colour(line.source))} {line.text}")
+    return 0
+
+
+@click.command()
+@click.argument("name")
 @click.option("--wait", is_flag=True, help="Until it has saved and holds no pods.")
 @place_options
 def suspend(name: str, wait: bool, **place: str | None) -> int:
@@ -114,7 +133,13 @@ def cancel(name: str, **place: str | None) -> int:
     return 0
 
 
-COMMANDS = (submit, status, suspend, resume, cancel)
+COMMANDS = (submit, status, logs, suspend, resume, cancel)
+
+
+def _colour(source: str) -> str:
+    """One for each pod of a few; click leaves colours out where there is no terminal."""
+    colours = ("cyan", "yellow", "green", "magenta", "blue")
+    return colours[sum(source.encode()) % len(colours)]
 
 
 def _client(place: dict[str, str | None], namespace: str | None = None) -> "Client":

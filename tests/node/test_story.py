@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ def test_two_workers_on_two_nodes_train_one_model(team: Team) -> None:
     team.wait_for_checkpoint("story", 20)
     assert _ranks(team, workers) == {0, 1}
 
+    following = _follow(team, "story")
     rows: list[list[str]] = []
 
     def moves() -> bool:
@@ -51,6 +54,18 @@ def test_two_workers_on_two_nodes_train_one_model(team: Team) -> None:
     figures = {each["name"]: float(each["value"]) for each in status["result"]["metrics"]}
     assert figures["heldout_domain_loss_change"] < -1
     _loads(team, "story")
+    said, _ = following.communicate(timeout=60)
+    lines = [line.partition(" ") for line in said.splitlines()]
+    assert {source for source, _, _ in lines} == {"c0", "w0", "w1"}
+    assert any(source == "c0" and "prepared" in text for source, _, text in lines)
+    assert any(f"step {total} of {total}" in text for _, _, text in lines)
+
+
+def _follow(team: Team, name: str) -> subprocess.Popen[str]:
+    """`cptjob logs --follow`, which ends with the job."""
+    place = ["-n", team.namespace, "--kubeconfig", str(team.cluster.plane.kubeconfig)]
+    command = [sys.executable, "-m", "cptjob", "logs", name, "--follow", *place]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
 def _ranks(team: Team, workers: list[dict[str, Any]]) -> set[int]:
