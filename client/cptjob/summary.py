@@ -25,7 +25,8 @@ def summary(config: TrainerConfig) -> str:
     with contextlib.suppress(OSError, ValueError):
         manifest = dict(json.loads((out / "manifest.json").read_bytes()))
     shown = _shown(out)
-    lines = [_losses(manifest, role) for role in ("domain", "general")]
+    percent = config.validation.split_percent
+    lines = [_losses(manifest, role, percent) for role in ("domain", "general")]
     lines += ["", f"Model:        {shown / 'model'}"]
     if (out / "adapter").is_dir():
         lines.append(f"Adapter:      {shown / 'adapter'}")
@@ -39,20 +40,20 @@ def summary(config: TrainerConfig) -> str:
     return "\n".join(lines)
 
 
-def _losses(manifest: dict[str, Any], role: str) -> str:
+def _losses(manifest: dict[str, Any], role: str, percent: float) -> str:
     metrics, unknown = manifest.get("metrics", {}), manifest.get("notFinite", {})
     after = metrics.get(f"heldout_{role}_loss")
     before = metrics.get(f"heldout_{role}_loss_base")
     reason = unknown.get(f"heldout_{role}_loss") or unknown.get(f"heldout_{role}_loss_base")
     name = f"Held-out loss, {role} text:"
     if not isinstance(after, int | float) or not isinstance(before, int | float):
-        return f"{name:<29}{reason or _not_measured(manifest, role.capitalize())}"
+        return f"{name:<29}{reason or _not_measured(manifest, role.capitalize(), percent)}"
     return f"{name:<29}{before:.4f} before, {after:.4f} after ({after - before:+.4f})"
 
 
-def _not_measured(manifest: dict[str, Any], role: str) -> str:
+def _not_measured(manifest: dict[str, Any], role: str, percent: float) -> str:
     sources = manifest.get("data", {}).get("sources", [])
-    why = advice.why_not_measured(role, {source.get("role") for source in sources})
+    why = advice.why_not_measured(role, {source.get("role") for source in sources}, percent)
     return f"not measured; {why}"
 
 

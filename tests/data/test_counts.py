@@ -130,3 +130,13 @@ def test_without_packing_a_row_is_one_document_piece_and_the_reason_is_told(
     assert not prepared.packed
     assert all(len(prepared.sources[0].row(i).starts) == 1 for i in range(50 // 2))
     assert any("mixes documents" in warning for warning in prepared.warnings)
+
+
+def test_epochs_that_max_steps_cuts_off_are_not_warned_of(
+    tmp_path: Path, make: SimpleNamespace, job: Job
+) -> None:
+    path = make.texts(tmp_path / "law.jsonl", make.sentences(300))
+    whole = prepare(job(path, epochs=9), packs=make.packs)
+    assert any("datasets: law is seen 9 times; " in warning for warning in whole.warnings)
+    short = prepare(job(path, epochs=9, max_steps=2), packs=make.packs)
+    assert not any("is seen" in warning for warning in short.warnings)

@@ -3,20 +3,27 @@
 Each rule gives one sentence or none. No torch.
 """
 
-from collections.abc import Collection
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from cptjob_trainer.config import TrainerConfig
+from cptjob_trainer import request
+from cptjob_trainer.config import DatasetInput, TrainerConfig
 from cptjob_trainer.words import counted
 
-# Below so many domain tokens, a run of several epochs learns by heart.
+# Below so many domain tokens, a text that is seen more than once is learnt by heart.
 _LITTLE_DATA = 100_000
+# Up to four times, seeing a text again teaches about as much as new text would (Muennighoff et al.,
+# Scaling Data-Constrained Language Models, arXiv 2305.16264); then less and less.
+_OFTEN = 4.0
 
 
 @dataclass(frozen=True)
 class Counts:
     """What the rules look at. `rows` are drawn in all, `batch` of them a step. `never_drawn` are
-    the data sets of which no row is, `unmeasured` the roles of which nothing is held out.
+    the data sets of which no row is, `unmeasured` the roles of which nothing is held out although
+    `split_percent` is asked. `seen`: how many times each data set is trained on in all steps.
     """
 
     packed: bool
@@ -24,9 +31,10 @@ class Counts:
     batch: int
     steps: int
     never_drawn: tuple[str, ...]
-    epochs: int
+    seen: Mapping[str, float]
     domain_tokens: int
     unmeasured: tuple[str, ...]
+    split_percent: float
     bad_lines: int
 
 
@@ -65,14 +73,21 @@ def _never_drawn(counts: Counts) -> str | None:
     )
 
 
-def _little_to_learn_from(counts: Counts) -> str | None:
-    if counts.domain_tokens >= _LITTLE_DATA:
+def _seen_often(counts: Counts) -> str | None:
+    little = counts.domain_tokens < _LITTLE_DATA
+    often = {
+        name: times for name, times in counts.seen.items() if times > (1 if little else _OFTEN)
+    }
+    if not often:
         return None
-    return (
-        f"datasets: the domain text has {counted(counts.domain_tokens, 'token')}, which is little to "
-        f"learn from, and {counted(counts.epochs, 'epoch')} of it may overfit; watch the held-out "
-        "loss"
+    told = ", ".join(f"{name} is seen {times:.3g} times" for name, times in often.items())
+    why = (
+        f"the domain text has only {counted(counts.domain_tokens, 'token')}, so that it may be "
+        "learnt by heart"
+        if little
+        else "beyond about four times a text teaches little more and may be learnt by heart"
     )
+    return f"datasets: {told}; {why}; watch the held-out loss"
 
 
 def _nothing_held_out(counts: Counts) -> str | None:
@@ -83,19 +98,27 @@ def _nothing_held_out(counts: Counts) -> str | None:
     return (
         f"validation: nothing is held out of the {roles} text, so "
         f"{' and '.join(shown[role] for role in counts.unmeasured)} will not be measured; "
-        f"{_hold_out(roles)}"
+        f"{_hold_out(roles, counts.split_percent)}"
     )
 
 
-def _hold_out(roles: str) -> str:
-    return f"set validation.splitPercent above 0, or give validation.datasets of role {roles}"
+def _hold_out(roles: str, percent: float) -> str:
+    """A split takes a document at least, where there are two."""
+    if percent > 0:
+        return f"of one document none can be spared: add some, or give {_VALIDATION} {roles}"
+    return f"set validation.splitPercent above 0, or give {_VALIDATION} {roles}"
 
 
-def why_not_measured(role: str, trained: Collection[str]) -> str:
-    """Why a complete run has no held-out loss of `role`. `trained`: the roles of its data."""
+_VALIDATION = "validation.datasets of role"
+
+
+def why_not_measured(role: str, trained: Collection[str], percent: float) -> str:
+    """Why a complete run has no held-out loss of `role`. `trained`: the roles of its data, of which
+    `percent` were to be held out.
+    """
     if role not in trained:
         return f"the job has no {role} data"
-    return f"nothing of it is held out: {_hold_out(role)}"
+    return f"nothing of it is held out: {_hold_out(role, percent)}"
 
 
 def _bad_lines(counts: Counts) -> str | None:
@@ -108,9 +131,30 @@ def of_run(config: TrainerConfig, steps: int) -> list[str]:
     """What is worth a warning in how the data is trained on: no part of what is prepared."""
     training = config.training
     return [
+        *same_data(config.datasets, config.validation.datasets),
         *uneven_batch(training.global_batch_size, config.processes.world_size),
         *long_warmup(training.schedule.warmup_steps, steps),
     ]
+
+
+def same_data(datasets: Iterable[DatasetInput], held_out: Iterable[DatasetInput]) -> Iterator[str]:
+    """Files that are in two data sets at once, by the names of those."""
+    trained = [(f"datasets[{each.name}]", _files(each)) for each in datasets]
+    for (name, files), (other, others) in itertools.combinations(trained, 2):
+        if files & others:
+            yield f"{other}: has the same data as {name}, which so is trained on twice; remove one"
+    for each in held_out:
+        for name, files in trained:
+            if files & _files(each):
+                yield (
+                    f"validation.datasets[{each.name}]: has the same data as {name}, so that its "
+                    "loss tells how well that is learnt by heart; give other data, or leave it out "
+                    "to hold a part of the data out"
+                )
+
+
+def _files(dataset: DatasetInput) -> set[Path]:
+    return {file.resolve() for file in request.files(dataset.path)}
 
 
 def uneven_batch(batch: int, processes: int) -> list[str]:
@@ -139,7 +183,7 @@ _RULES = (
     _rows_of_one_document,
     _half_empty_last_step,
     _never_drawn,
-    _little_to_learn_from,
+    _seen_often,
     _nothing_held_out,
     _bad_lines,
 )

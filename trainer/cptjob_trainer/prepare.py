@@ -333,16 +333,20 @@ def _counts(
     steps: int,
 ) -> advice.Counts:
     training = made.config.training
+    rows = sum(quotas.values())
+    # maxSteps may leave some of the rows.
+    drawn = min(1.0, steps * training.global_batch_size / rows)
     roles, measured = ({entry["role"] for entry in entries} for entries in (sources, heldout))
     return advice.Counts(
         packed=made.layout.packed,
-        rows=sum(quotas.values()),
+        rows=rows,
         batch=training.global_batch_size,
         steps=steps,
         never_drawn=tuple(name for name, quota in quotas.items() if quota == 0),
-        epochs=training.epochs,
+        seen={entry["name"]: drawn * quotas[entry["name"]] / entry["rows"] for entry in sources},
         domain_tokens=sum(entry["tokens"] for entry in sources if entry["role"] == "Domain"),
         unmeasured=tuple(sorted(roles - measured)),
+        split_percent=made.config.validation.split_percent,
         bad_lines=made.corpus.faults.bad_lines,
     )
 

@@ -87,6 +87,7 @@ class Record:
     software: dict[str, Any]
     notes: tuple[str, ...]
     sources: tuple[SourceRecord, ...]
+    split_percent: float
     base: dict[str, float]
     base_by_source: dict[str, float]
     steps: Steps
@@ -134,6 +135,7 @@ def read_record(out: Path, manifest: Mapping[str, Any] | None = None) -> Record:
         software=_mapping(manifest.get("software") or checkpoint.get("software")),
         notes=_notes(manifest, prepared),
         sources=_sources(manifest, prepared, steps),
+        split_percent=_split_percent(manifest, config),
         base=_base_losses(manifest) or _numbers(bases.get("byRole")),
         base_by_source=_numbers(bases.get("bySource")),
         steps=steps,
@@ -239,6 +241,11 @@ def _settings(
         return _mapping(given)
     lineage, start = _mapping(checkpoint.get("lineage")), "training."
     return {key[len(start) :]: lineage[key] for key in lineage if key.startswith(start)}
+
+
+def _split_percent(manifest: Mapping[str, Any], config: Mapping[str, Any]) -> float:
+    told = _known(_mapping(manifest.get("data")).get("splitPercent"))
+    return told or _known(_mapping(config.get("validation")).get("splitPercent")) or 0.0
 
 
 def _sources(

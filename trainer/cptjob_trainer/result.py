@@ -101,6 +101,7 @@ def manifest(
         "data": {
             "fingerprint": prepared.data_fingerprint,
             "prepared": prepared.digest,
+            "splitPercent": config.validation.split_percent,
             "sources": [
                 {
                     "name": source.name,
