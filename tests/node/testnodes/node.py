@@ -78,8 +78,9 @@ class Node:
 
     def processes(self, words: str) -> list[str]:
         """Ids, as the machine numbers them, of processes whose command line has these words."""
-        found = self.machine.run("sh", "-c", f"pgrep -f -- '{words}' || true")
-        return found.split()
+        # In brackets, so that the shell that asks does not find itself.
+        pattern = f"[{words[0]}]{words[1:]}"
+        return self.machine.run("sh", "-c", f"pgrep -f -- '{pattern}' || true").split()
 
     @property
     def _socket(self) -> Path:
