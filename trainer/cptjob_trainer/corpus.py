@@ -135,7 +135,8 @@ class Corpus:
         """Give each chunk the key that is known, where its shard is still there."""
         assert options.directory is not None
         for path in {chunk.path for given in self.given for chunk in given.chunks}:
-            known.begin(path)
+            with documents.reading(path):
+                known.begin(path)
         for given in self.given:
             marked = [replace(chunk, key=known.key(chunk)) for chunk in given.chunks]
             given.chunks = [

@@ -10,18 +10,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from cptjob_trainer.errors import UnreadableError
+
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 # What some network volumes answer: they have no hard links, or sync no directories.
 _NO_LINKS: Final = frozenset(
     {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 )
 _NO_SYNC: Final = frozenset({errno.EINVAL, errno.ENOTSUP})
+_MISSING: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR})
 _BLOCK: Final = 1 << 20
 
 
 def is_full(error: BaseException) -> bool:
     """True when `error` says that the volume, a quota or a file size limit leaves no room."""
     return isinstance(error, OSError) and error.errno in _FULL
+
+
+def is_missing(error: BaseException) -> bool:
+    """True when `error` says that there is no such file.
+
+    Any other fault of reading (a stale handle, no permission, a fault of the network) may pass.
+    """
+    return isinstance(error, OSError) and error.errno in _MISSING
+
+
+def unreadable(path: Path, error: OSError) -> UnreadableError:
+    """What to raise for a fault of reading `path` other than a missing file."""
+    return UnreadableError(
+        f"{path}: cannot be read at this moment: {error.strerror}; check the volume and the "
+        "permissions, and run again"
+    )
 
 
 def create(path: Path, content: bytes) -> None:

@@ -9,12 +9,14 @@ are what is read in parallel and cached.
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from json import JSONDecodeError, JSONDecoder
 from pathlib import Path
 
 import orjson
 
+from cptjob_trainer.disk import is_missing, unreadable
 from cptjob_trainer.errors import DataError, Fault, MissingInputError
 from cptjob_trainer.request import EXTENSION, names
 
@@ -134,9 +136,20 @@ def _wrong_ending(suffix: str) -> str:
     return f"not a {EXTENSION} file; unpack or convert it, or move it away"
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns faults of reading a data file into ours."""
+    try:
+        yield
+    except OSError as error:
+        if is_missing(error):
+            raise MissingInputError(f"{path}: went away while it was read; run again") from error
+        raise unreadable(path, error) from error
+
+
 def chunks(path: Path) -> Iterator[Chunk]:
     """Cut a file at line borders."""
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         step = LARGE_CHUNK if size >= LARGE_FILE else CHUNK
         start = 0
@@ -162,7 +175,7 @@ def _line_start(descriptor: int, at: int, size: int) -> int:
 
 def blocks(chunk: Chunk) -> Iterator[bytes]:
     """The bytes of a chunk, in blocks."""
-    with chunk.path.open("rb") as file:
+    with reading(chunk.path), chunk.path.open("rb") as file:
         file.seek(chunk.start)
         left = chunk.size
         while left:

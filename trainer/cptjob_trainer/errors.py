@@ -11,6 +11,7 @@
     ├── OutputBusyError         75  another job holds the output
     ├── RankLostError           75  another process of the run is gone; it knows why
     ├── TooLongError            75  what was waited for did not come in time
+    ├── UnreadableError         75  a file cannot be read at this moment
     ├── ConfigError             78  the configuration asks for what cannot be done
     │   ├── ManifestError       78  a manifest is broken; carries faults
     │   ├── MismatchError       78  the checkpoints belong to another run
@@ -134,6 +135,12 @@ class RankLostError(CPTJobError):
 
 class TooLongError(CPTJobError):
     """What was waited for has not come in the given time."""
+
+    exit_code = 75
+
+
+class UnreadableError(CPTJobError):
+    """A file that cannot be read at this moment, which does not make its contents broken."""
 
     exit_code = 75
 

@@ -17,7 +17,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from cptjob_trainer.errors import DataError, Fault
+from cptjob_trainer.disk import is_missing, unreadable
+from cptjob_trainer.errors import CPTJobError, DataError, Fault
 from cptjob_trainer.mix import Mix
 from cptjob_trainer.rows import DOCUMENT_COLUMNS, ROW_COLUMNS, Layout, Source
 from cptjob_trainer.tokens import Shard
@@ -57,11 +58,15 @@ class Prepared:
 
 
 def load_prepared(directory: Path) -> Prepared:
-    """Read what was prepared. Raises DataError when something is missing or of the wrong size."""
+    """Read what was prepared. Raises DataError when something is missing or of the wrong size,
+    UnreadableError when that cannot be told.
+    """
     path = directory / FILE
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise _fault(path, error) from error
+    except ValueError as error:
         raise _broken(path, "cannot be read") from error
     if value.get("version") != VERSION:
         raise _broken(path, f"is of version {value.get('version')}, not {VERSION}")
@@ -126,9 +131,13 @@ def _check_size(path: Path, size: int) -> None:
     try:
         found = path.stat().st_size
     except OSError as error:
-        raise _broken(path, "is missing") from error
+        raise _fault(path, error) from error
     if found != size:
         raise _broken(path, f"has {found} bytes instead of {size}")
+
+
+def _fault(path: Path, error: OSError) -> CPTJobError:
+    return _broken(path, "is missing") if is_missing(error) else unreadable(path, error)
 
 
 def _broken(path: Path, what: str) -> DataError:
@@ -139,9 +148,10 @@ def _broken(path: Path, what: str) -> DataError:
 
 
 def found_whole(directory: Path) -> Prepared | None:
-    """What is in `directory`; what is broken there is removed, as it can be made again."""
-    if not (directory / FILE).is_file():
-        return None
+    """What is in `directory`; what is broken there is removed, as it can be made again.
+
+    Raises UnreadableError for what may be whole, and stays.
+    """
     try:
         return load_prepared(directory)
     except DataError:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from cptjob_trainer.disk import is_missing, unreadable
 from cptjob_trainer.errors import ConfigError, CPTJobError, DataError
 
 DOCUMENT_COLUMNS = 3
@@ -229,6 +230,8 @@ def _unreadable(path: Path, error: OSError | ValueError) -> CPTJobError:
             f"{path}: cannot be opened, as too many files are open; raise the limit (ulimit -n) "
             "and run again"
         )
+    if isinstance(error, OSError) and not is_missing(error):
+        return unreadable(path, error)
     return DataError(
         f"{path}: prepared data that is missing or broken; remove the directory prepared/ of the "
         "output and run again"

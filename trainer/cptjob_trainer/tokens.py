@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cptjob_trainer import documents, failpoints, lifeline, unfinished
-from cptjob_trainer.disk import is_full
+from cptjob_trainer.disk import is_full, is_missing, unreadable
 from cptjob_trainer.documents import Chunk
 from cptjob_trainer.encoder import Encoder
 from cptjob_trainer.errors import CPTJobError, DataError, OutputError, StorageFullError
@@ -76,13 +76,17 @@ class Shard:
 
     @classmethod
     def load(cls, directory: Path) -> Self | None:
-        """The shard at `directory` if it is complete."""
+        """The shard at `directory` if it is complete. Raises UnreadableError."""
         try:
             value = json.loads((directory / "shard.json").read_bytes())
             value["faults"] = tuple((line, message) for line, message in value["faults"])
             shard = cls(**value)
             size = (directory / "tokens.bin").stat().st_size
-        except (OSError, ValueError, TypeError, KeyError):
+        except OSError as error:
+            if not is_missing(error):
+                raise unreadable(directory, error) from error
+            return None
+        except (ValueError, TypeError, KeyError):
             return None
         return shard if size == shard.tokens * shard.item_size else None
 
@@ -98,7 +102,9 @@ class Shard:
 def _array(path: Path) -> npt.NDArray[np.integer]:
     try:
         loaded: npt.NDArray[np.integer] = np.load(path, mmap_mode="r")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
+        if isinstance(error, OSError) and not is_missing(error):
+            raise unreadable(path, error) from error
         raise DataError(
             f"{path}: a token shard that is missing or broken; remove its directory and run again"
         ) from error
