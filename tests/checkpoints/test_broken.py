@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from cptjob_trainer.checkpoint_manifest import seal
 from cptjob_trainer.disk import file_digest
 from cptjob_trainer.errors import CheckpointError, ConfigError, OutputError
 
@@ -143,9 +144,61 @@ def test_a_broken_newest_does_not_count_among_those_kept(lab: Any) -> None:
     assert lab.names() == ["step-2.1", "step-3.3"]
 
 
-def test_a_manifest_of_a_newer_format_stops_the_run(lab: Any) -> None:
-    from cptjob_trainer.checkpoint_manifest import seal
+def lead_out(manifest: dict[str, Any]) -> None:
+    manifest["files"]["../outside"] = {"bytes": 7, "sha256": ""}
 
+
+def lead_up(manifest: dict[str, Any]) -> None:
+    manifest["files"][".."] = {"bytes": 7, "sha256": ""}
+
+
+def read_elsewhere(manifest: dict[str, Any]) -> None:
+    next(iter(manifest["tensors"].values()))["chunks"][0]["file"] = "/etc/passwd"
+
+
+def read_what_has_no_digest(manifest: dict[str, Any]) -> None:
+    next(iter(manifest["tensors"].values()))["chunks"][0]["file"] = "rank-00009.safetensors"
+
+
+def name_no_files(manifest: dict[str, Any]) -> None:
+    del manifest["files"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lead_out, "names '../outside', which is no file of its directory"),
+        (lead_up, "names '..', which is no file of its directory"),
+        (read_elsewhere, "names '/etc/passwd', which is no file of its directory"),
+        (read_what_has_no_digest, "lists no digest of rank-00009.safetensors"),
+        (name_no_files, "lacks an entry"),
+    ],
+)
+def test_a_manifest_that_leads_elsewhere_is_broken_whatever_its_digest(
+    lab: Any, change: Callable[[dict[str, Any]], None], said: str
+) -> None:
+    lab.train(2)
+    file = lab.directory / "step-2.1" / "manifest.json"
+    manifest = json.loads(file.read_bytes())
+    change(manifest)
+    file.write_bytes(seal(manifest))
+    checkpoints = lab.make()
+    assert checkpoints.open().step == 1
+    (warning,) = checkpoints.warnings
+    assert said in warning
+
+
+def test_a_manifest_without_a_version_stops_the_run(lab: Any) -> None:
+    lab.train(1)
+    file = lab.directory / "step-1.1" / "manifest.json"
+    manifest = json.loads(file.read_bytes())
+    del manifest["version"]
+    file.write_bytes(seal(manifest))
+    with pytest.raises(ConfigError, match="format version None, this program reads 1"):
+        lab.make().open()
+
+
+def test_a_manifest_of_a_newer_format_stops_the_run(lab: Any) -> None:
     lab.train(1)
     file = lab.directory / "step-1.1" / "manifest.json"
     file.write_bytes(seal({**json.loads(file.read_bytes()), "version": 2}))

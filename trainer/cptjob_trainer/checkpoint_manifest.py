@@ -65,17 +65,31 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{MANIFEST} is not that of a checkpoint")
     if manifest.get("digest") != _digest(manifest):
         raise CheckpointError(f"{MANIFEST} does not have the digest that it states")
-    if manifest["version"] != VERSION:
+    if manifest.get("version") != VERSION:
         # Not skipped: going on without it would begin anew, and delete it in the end.
         raise ConfigError(
-            f"{path / MANIFEST} has format version {manifest['version']}, this program reads "
+            f"{path / MANIFEST} has format version {manifest.get('version')}, this program reads "
             f"{VERSION}; use the program that wrote it, or another output"
         )
+    try:
+        _check(path, manifest)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{MANIFEST} lacks an entry") from error
+    return manifest
+
+
+def _check(path: Path, manifest: dict[str, Any]) -> None:
+    """Raises CheckpointError for what is of another directory, or would lead out of this one."""
     if path.name != f"step-{manifest['step']}.{manifest['generation']}":
         raise CheckpointError(
             f"{MANIFEST} is of step {manifest['step']}, generation {manifest['generation']}"
         )
-    return manifest
+    read = {chunk["file"] for tensor in manifest["tensors"].values() for chunk in tensor["chunks"]}
+    for name in sorted({*read, *manifest["files"]}):
+        if os.path.basename(name) != name or name in ("", ".", ".."):
+            raise CheckpointError(f"{MANIFEST} names {name!r}, which is no file of its directory")
+    if unlisted := read - manifest["files"].keys():
+        raise CheckpointError(f"{MANIFEST} lists no digest of {', '.join(sorted(unlisted))}")
 
 
 def faults(path: Path, manifest: dict[str, Any], names: list[str] | None = None) -> list[str]:
