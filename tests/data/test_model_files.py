@@ -28,12 +28,26 @@ def as_cache(model: Path, home: Path, relative: bool = True) -> Path:
     return snapshot
 
 
-def test_weights_code_and_hidden_files_are_left(model: Path) -> None:
-    for name in ("pytorch_model.bin", "modeling.py", ".gitattributes", "README.md"):
+STRANGERS = (
+    "pytorch_model.bin", "rust_model.ot", "weights.npz", "notes.pkl", "old.tar", "train.jsonl",
+    "model.safetensors.index.json", "modeling.py", ".gitattributes", "README.md", "notes.txt",
+)  # fmt: skip
+
+
+def test_only_configuration_tokenizer_templates_and_licence_are_copied(model: Path) -> None:
+    for name in STRANGERS:
         (model / name).write_text("x")
     (model / "original").mkdir()
     (model / "original" / "params.json").write_text("{}")
     assert names(model) == NAMES
+    further = (
+        "LICENSE.txt", "license.md", "NOTICE.md", "generation_config.json", "preprocessor_config.json",
+        "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "merges.txt",
+        "vocab.json", "tokenizer.model", "video_preprocessor_config.json",
+    )  # fmt: skip
+    for name in further:
+        (model / name).write_text("x")
+    assert set(names(model)) == {*NAMES, *further}
 
 
 def test_a_snapshot_of_a_cache_is_a_model(tmp_path: Path, model: Path) -> None:
@@ -63,8 +77,8 @@ def test_a_link_out_of_the_directory_is_refused_before_anything_is_trained(
     tmp_path: Path, model: Path
 ) -> None:
     (tmp_path / "secret").write_text("password")
-    (model / "notes.txt").symlink_to(tmp_path / "secret")
-    with pytest.raises(DataError, match=r"notes\.txt: leads to .*secret, outside of the model's"):
+    (model / "LICENSE.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(DataError, match=r"LICENSE\.txt: leads to .*secret, outside of the model's"):
         check_model(model)
 
 

@@ -4,18 +4,30 @@ A link among them is followed within the directory, and to a blob of a Hugging F
 snapshots are links. Any other might hand out a file of this machine with the model: it is refused.
 """
 
-import re
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Final
 
 from cptjob_trainer.errors import DataError, MissingInputError
+from cptjob_trainer.tokenizer_files import CONFIG_FILES, SLOW_FILES
 
-# What of a base directory is not copied: weights in any format, their index, code, and the base's
-# own card.
-_NOT_COPIED: Final = re.compile(
-    r"\..*|README\.md|.*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf|index\.json|py)"
+# What of a base directory is copied. Anything else (weights in whatever format, code, data, the
+# base's own card) has no place in a result.
+_COPIED: Final = (
+    "config*.json",
+    "generation_config.json",
+    "*processor_config.json",
+    "tokenizer.json",
+    *SLOW_FILES,
+    "merges.txt",
+    "added_tokens.json",
+    *CONFIG_FILES,
+    "licen[cs]e*",
+    "copying*",
+    "notice*",
+    "use_policy*",
 )
-_COPIED_FOLDERS: Final = ("additional_chat_templates",)
+_TEMPLATES: Final = "additional_chat_templates"
 
 
 def copied(base: Path) -> list[Path]:
@@ -23,12 +35,14 @@ def copied(base: Path) -> list[Path]:
 
     Raises DataError for a link that leads out, MissingInputError for one that leads nowhere.
     """
-    entries = list(base.iterdir())
-    for folder in _COPIED_FOLDERS:
-        if (base / folder).is_dir():
-            entries += (base / folder).rglob("*")
+    entries = [entry for entry in base.iterdir() if _belongs(entry.name)]
+    entries += (base / _TEMPLATES).glob("*.jinja")
     names = sorted(entry.relative_to(base) for entry in entries)
-    return [name for name in names if not _NOT_COPIED.fullmatch(name.name) and _is_file(base, name)]
+    return [name for name in names if _is_file(base, name)]
+
+
+def _belongs(name: str) -> bool:
+    return any(fnmatchcase(name.lower(), pattern) for pattern in _COPIED)
 
 
 def _is_file(base: Path, name: Path) -> bool:
