@@ -40,6 +40,16 @@ def test_two_workers_on_two_nodes_train_one_model(team: Team) -> None:
             rows.append([row["STEP"], row["CHECKPOINT"], row["PROGRESS"]])
         return team.status("story")["phase"] == "Complete"
 
+    ranks: dict[str, list[int]] = {}
+
+    def knows_ranks() -> bool:
+        ranks.update(
+            {each["name"]: each.get("ranks", []) for each in team.status("story")["nodes"]}
+        )
+        return all(ranks.values())
+
+    team.wait(knows_ranks, "ranks in the status")
+    assert sorted(ranks.values()) == [[0], [1]]
     team.wait(moves, "story to be Complete")
     assert len({row[0] for row in rows}) > 1, "kubectl get shows the steps as they go"
     assert _columns(team, "story")["STEP"] == str(team.steps("story")[-1])

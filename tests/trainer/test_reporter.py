@@ -56,3 +56,13 @@ def test_the_other_ranks_tell_no_progress(caplog: pytest.LogCaptureFixture) -> N
     caplog.set_level("INFO")
     reporter.Reporter(1, 1.0, None, 1.0).phase("Loading", "0.7M parameters")
     assert caplog.messages == []
+
+
+def test_it_tells_which_ranks_run_on_which_node() -> None:
+    told = reporter.Reporter(0, 1.0, None, 1.0)
+    told.nodes(["node-a", "node-a", "node-b"])
+    said = json.loads(told._progress.to_json())
+    assert said["nodes"] == [
+        {"name": "node-a", "ranks": [0, 1]},
+        {"name": "node-b", "ranks": [2]},
+    ]

@@ -58,6 +58,13 @@ class Resolved(_Value):
     digest: str
 
 
+class NodeRanks(_Value):
+    """A node and the ranks of the processes on it."""
+
+    name: str
+    ranks: tuple[int, ...]
+
+
 class Progress(_Value):
     """One report. Times are UTC; ``metrics`` holds the newest values (loss, learningRate, ...)."""
 
@@ -71,6 +78,7 @@ class Progress(_Value):
     tokens_per_second: float | None = None
     metrics: dict[str, float] = Field(default_factory=dict)
     last_checkpoint: CheckpointRef | None = None
+    nodes: tuple[NodeRanks, ...] = ()
     resolved: Resolved | None = None
     last_updated_time: datetime = Field(default_factory=_now)
 

@@ -6,13 +6,14 @@ and into its log, a line every ten seconds and for whatever is new.
 import logging
 import os
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from cptjob_trainer.checkpoints import Resume, Saved
 from cptjob_trainer.narrator import Narrator, describe
-from cptjob_trainer.progress import CheckpointRef, Phase, Progress, StorePublisher
+from cptjob_trainer.progress import CheckpointRef, NodeRanks, Phase, Progress, StorePublisher
 from cptjob_trainer.state import LoopState
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,14 @@ class Reporter:
     def phase(self, phase: Phase, message: str = "") -> None:
         self._update(phase=phase, message=message)
         self._send(force=True)
+
+    def nodes(self, names: Sequence[str]) -> None:
+        """names: of each rank's node, in the order of ranks."""
+        ranks: dict[str, list[int]] = {}
+        for rank, name in enumerate(names):
+            ranks.setdefault(name, []).append(rank)
+        nodes = tuple(NodeRanks(name=name, ranks=tuple(found)) for name, found in ranks.items())
+        self._update(nodes=nodes)
 
     def start(self, step: int, total_steps: int) -> None:
         """The step to begin from, before the first is done."""

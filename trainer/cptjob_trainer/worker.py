@@ -6,6 +6,7 @@ CPTJOB_PREPARED naming the prepared data and CPTJOB_STORE the coordinator's stor
 
 import logging
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from cptjob_trainer.loop import Trainer
 from cptjob_trainer.metrics import MetricsLog
 from cptjob_trainer.model import plain_name
 from cptjob_trainer.prepared import Prepared, load_prepared
+from cptjob_trainer.ranks import Ranks
 from cptjob_trainer.reporter import STORE_VARIABLE
 from cptjob_trainer.runtime import Runtime
 from cptjob_trainer.state import LoopState
@@ -36,6 +38,8 @@ from cptjob_trainer.stopflag import StopFlag
 log = logging.getLogger(__name__)
 
 PREPARED_VARIABLE = "CPTJOB_PREPARED"
+#: Name of the node that this process runs on; without it, the machine's own.
+NODE_VARIABLE = "CPTJOB_NODE"
 #: How long the coordinator's store may take to answer before a warning goes to the log alone.
 STORE_SECONDS = 5.0
 
@@ -100,6 +104,8 @@ def _make_repeatable(config: TrainerConfig) -> None:
 def _train(config: TrainerConfig, prepared: Prepared, runtime: Runtime, stop: StopFlag) -> None:
     components = assemble(config, prepared, runtime)
     checkpoints, reporter = components.checkpoints, components.reporter
+    node = os.environ.get(NODE_VARIABLE) or socket.gethostname()
+    reporter.nodes(Ranks(runtime.rank, runtime.world).gather(node))
     resume = checkpoints.open()
     _warn(checkpoints.warnings, runtime)
     base, seconds = _base_losses(components, prepared)

@@ -35,6 +35,9 @@ _ENVIRONMENT = {
     "TORCHINDUCTOR_CACHE_DIR": "/tmp/torchinductor",
 }
 
+#: The trainer tells which ranks run where.
+_NODE_NAME = {"name": "CPTJOB_NODE", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}}
+
 
 def coordinator(
     job: CPTJob,
@@ -160,7 +163,7 @@ def _container(profile: Profile, module: str, arguments: list[str]) -> Manifest:
         "image": profile.image,
         "imagePullPolicy": profile.image_pull_policy,
         "command": ["python", "-m", module, "--config", f"{CONFIG}/config.json", *arguments],
-        "env": [{"name": name, "value": value} for name, value in environment.items()],
+        "env": [_NODE_NAME, *({"name": name, "value": environment[name]} for name in environment)],
         "securityContext": _container_security(profile),
         "volumeMounts": _mounts(profile),
     }
