@@ -134,6 +134,12 @@ def run(file: Path, output: Path | None, volumes: tuple[str, ...], processes: in
     from cptjob.summary import summary
 
     job = _load(file, output, volumes, processes)
+    if job.lacks_gpus:
+        click.echo(
+            "note: the GPUs of spec.trainer are a cluster's; this machine has none, so that this "
+            "run trains on its CPUs",
+            err=True,
+        )
     ending = local.run(job.config, LiveDisplay(Console(stderr=True)), job.environment)
     out = job.config.paths.output
     if ending.exit_code == 0:
@@ -176,8 +182,9 @@ def validate(
     from cptjob.volumes import Volumes
 
     if not data:
-        Volumes.parse(volumes)
+        places = Volumes.parse(volumes)
         manifest, job = jobs.read(file)
+        jobs.check_claims(job, places)
         for note in manifest.notes:
             click.echo(f"note: {note}", err=True)
         click.echo(f"{file}: {job.metadata.name} is a valid CPTJob")

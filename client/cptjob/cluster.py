@@ -34,6 +34,7 @@ RESTS = (*ENDED, Condition.STALLED)
 _WATCH_SECONDS = 240
 _TIMEOUT = aiohttp.ClientTimeout(total=30, sock_connect=10)
 _WATCH_TIMEOUT = aiohttp.ClientTimeout(sock_connect=10, sock_read=_WATCH_SECONDS + 30)
+_CONFIGURE = "give --kubeconfig FILE or set KUBECONFIG; `cptjob run` needs no cluster"
 _OWN_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
@@ -248,16 +249,25 @@ class AsyncClient:
             config.load_incluster_config(client_configuration=settings)
             found = _OWN_NAMESPACE.read_text(encoding="utf-8").strip()
         else:
+            self._find_kubeconfig()
             try:
                 await config.load_kube_config(self._kubeconfig, self._context, settings)
                 contexts, current = config.list_kube_config_contexts(self._kubeconfig)
             except (config.ConfigException, OSError) as error:
-                raise ClusterError(f"no cluster is configured: {error}") from error
+                raise ClusterError(f"no cluster is configured: {error}; {_CONFIGURE}") from error
             wanted = self._context or current["name"]
             chosen = next(each for each in contexts if each["name"] == wanted)
             found = chosen["context"].get("namespace") or "default"
         self._api = client.ApiClient(settings)
         self.namespace = self.namespace or found
+
+    def _find_kubeconfig(self) -> None:
+        """The library says of a missing file only that it lacks an entry."""
+        default = os.environ.get("KUBECONFIG") or "~/.kube/config"
+        paths = (self._kubeconfig or default).split(os.pathsep)
+        if not any(Path(path).expanduser().is_file() for path in paths if path):
+            missing = f"{os.pathsep.join(paths)} is not there"
+            raise ClusterError(f"no cluster is configured: {missing}; {_CONFIGURE}")
 
     def _in_pod(self) -> bool:
         """A kubeconfig wins over the service account of the pod that this runs in."""

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from cptjob_api.facts import ModelFacts
-from cptjob_trainer import advice, devices, model_config, request, shares
+from cptjob_trainer import advice, devices, documents, model_config, modeldir, request, shares
 from cptjob_trainer.config import DatasetInput, TrainerConfig
 from cptjob_trainer.devices import DEVICES, Demand, Device, Memory
-from cptjob_trainer.errors import DataError, MissingInputError, UsageError
+from cptjob_trainer.errors import DataError, Fault, MissingInputError, UsageError
 from cptjob_trainer.narrator import duration, si
 from cptjob_trainer.shares import Share
 from cptjob_trainer.words import counted
@@ -43,9 +43,14 @@ class Shape:
 
     @classmethod
     def read(cls, directory: Path) -> "Shape":
-        """From config.json and the safetensors headers. Raises MissingInputError or DataError."""
-        facts = ModelFacts.from_directory(directory)
+        """From config.json and the safetensors headers. Raises what `run` says of such a model."""
+        try:
+            facts = ModelFacts.from_directory(directory)
+        except (MissingInputError, DataError):
+            modeldir.check_model(directory)
+            raise
         if facts.parameters is None:
+            modeldir.check_model(directory)
             raise MissingInputError(f"{directory}: no readable .safetensors weights to count")
         config = json.loads((directory / "config.json").read_bytes())
 
@@ -64,9 +69,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a job and where the number comes from."""
+    """Rows of a job, the tokens of all of them, and where the numbers come from."""
 
     total: int
+    tokens: float
     tokens_are_counted: bool
 
 
@@ -120,7 +126,7 @@ def estimate(
         shape=shape,
         rows=rows,
         steps=steps,
-        tokens=min(rows.total, steps * training.global_batch_size) * training.max_length,
+        tokens=round(rows.tokens * min(1.0, steps * training.global_batch_size / rows.total)),
         devices=count,
         memory=needs.memory(recomputed=recomputed),
         recomputed=recomputed,
@@ -134,26 +140,39 @@ def estimate(
 def count_rows(config: TrainerConfig, shape: Shape) -> Rows:
     """Rows of all epochs, General text included, by the arithmetic of the training."""
     counted = _prepared(config)
-    rows = counted or [_guess(config, shape, dataset) for dataset in config.datasets]
+    parts = counted or [_guess(config, shape, dataset) for dataset in config.datasets]
     sources = [
-        Share(dataset.name, dataset.role == "General", number, dataset.weight)
-        for dataset, number in zip(config.datasets, rows, strict=True)
+        Share(dataset.name, dataset.role == "General", part.rows, dataset.weight)
+        for dataset, part in zip(config.datasets, parts, strict=True)
     ]
-    total = sum(shares.quotas(sources, config.training.epochs))
-    return Rows(total, tokens_are_counted=counted is not None)
+    drawn = shares.quotas(sources, config.training.epochs)
+    tokens = sum(q * part.tokens / part.rows for q, part in zip(drawn, parts, strict=True))
+    return Rows(sum(drawn), tokens, tokens_are_counted=counted is not None)
 
 
-def _guess(config: TrainerConfig, shape: Shape, dataset: DatasetInput) -> int:
-    """Rows of a data set from the size of its files; a split takes its part of each."""
-    size = sum(file.stat().st_size for file in request.files(dataset.path))
+@dataclass(frozen=True)
+class _Part:
+    """What a data set has to train on."""
+
+    rows: int
+    tokens: int
+
+
+def _guess(config: TrainerConfig, shape: Shape, dataset: DatasetInput) -> _Part:
+    """By the size of the files; a split takes its part of each. Raises what `run` says of them."""
+    faults: list[Fault] = []
+    size = sum(file.stat().st_size for file in documents.files(dataset.path, faults))
+    if faults:
+        raise DataError(faults=faults)
     given = {held_out.role for held_out in config.validation.datasets}
     held_out = 0.0 if dataset.role in given else config.validation.split_percent / 100
     tokens = (1 - held_out) * size / shape.bytes_per_token
-    return max(1, math.ceil(tokens / config.training.max_length))
+    rows = max(1, math.ceil(tokens / config.training.max_length))
+    return _Part(rows, rows * config.training.max_length)
 
 
-def _prepared(config: TrainerConfig) -> list[int] | None:
-    """Rows of each data set where exactly these were prepared, whatever the epochs and weights."""
+def _prepared(config: TrainerConfig) -> list[_Part] | None:
+    """Each data set where exactly these were prepared, whatever the epochs and weights."""
     try:
         wanted = request.digest(config)
     except MissingInputError:
@@ -161,9 +180,9 @@ def _prepared(config: TrainerConfig) -> list[int] | None:
     for file in config.paths.prepared.glob("*/prepared.json"):
         value = _read(file)
         if value is not None and value.get("request") == wanted:
-            rows = [entry["rows"] for entry in value["sources"]]
-            if len(rows) == len(config.datasets):
-                return rows
+            parts = [_Part(entry["rows"], entry["tokens"]) for entry in value["sources"]]
+            if len(parts) == len(config.datasets):
+                return parts
     return None
 
 

@@ -1,5 +1,6 @@
 """From a manifest on disk to what a trainer is told on this machine."""
 
+import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +39,15 @@ class LocalJob:
     def on_gpus(self) -> bool:
         """Whether the manifest asks for GPUs."""
         return _gpus(self.job) > 0
+
+    @property
+    def lacks_gpus(self) -> bool:
+        """Whether the manifest asks for GPUs and this machine has none."""
+        return self.on_gpus and not any(map(os.path.exists, DRIVERS))
+
+
+# One of these is there where a GPU can be used: of NVIDIA, AMD, and Windows' subsystem.
+DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
 
 def _gpus(job: CPTJob) -> int:
@@ -78,20 +88,17 @@ def _lines_of(manifest: Manifest, job: CPTJob) -> Iterator[None]:
     except (ConfigError, MissingInputError) as error:
         if not str(error).startswith("spec."):
             raise
-        raise type(error)(_with_line(manifest, job, str(error))) from error
+        lines = str(error).splitlines()
+        raise type(error)("\n".join(_with_line(manifest, job, line) for line in lines)) from error
 
 
 def _load(
     manifest: Manifest, job: CPTJob, output: Path | None, volumes: Volumes, processes: int | None
 ) -> LocalJob:
     spec = job.spec
-    model = volumes.locate_input("spec.model.storageUri", spec.model.storage_uri)
-    for index, dataset in enumerate(spec.datasets):
-        volumes.locate_input(f"spec.datasets[{index}].storageUri", dataset.storage_uri)
-    for index, held_out in enumerate(spec.validation.datasets):
-        field = f"spec.validation.datasets[{index}].storageUri"
-        volumes.locate_input(field, held_out.storage_uri)
-    resolved = resolve(job, _facts(model))
+    check_claims(job, volumes)
+    _check_inputs(spec, volumes)
+    resolved = resolve(job, _facts(volumes.locate(spec.model.storage_uri)))
     # Whatever runs here, the rows of a step are those that the manifest stands for.
     count = processes or spec.trainer.num_nodes * resolved.num_proc_per_node
     config = trainer_config(
@@ -103,6 +110,33 @@ def _load(
         processes=Processes(num_nodes=1, num_proc_per_node=count),
     )
     return LocalJob(job, resolved, config, _notes(manifest, job))
+
+
+def check_claims(job: CPTJob, volumes: Volumes) -> None:
+    """Refuse a --volume for a claim that the manifest does not name. Raises UsageError."""
+    uris = [uri for _, uri in _inputs(job.spec)]
+    volumes.check_claims([*uris, *filter(None, [job.spec.output.storage_uri])])
+
+
+def _inputs(spec: CPTJobSpec) -> Iterator[tuple[str, str]]:
+    """What is read: each field and its URI."""
+    yield "spec.model.storageUri", spec.model.storage_uri
+    for index, dataset in enumerate(spec.datasets):
+        yield f"spec.datasets[{index}].storageUri", dataset.storage_uri
+    for index, held_out in enumerate(spec.validation.datasets):
+        yield f"spec.validation.datasets[{index}].storageUri", held_out.storage_uri
+
+
+def _check_inputs(spec: CPTJobSpec, volumes: Volumes) -> None:
+    """Raises MissingInputError with a line for each input that is not there."""
+    missing = []
+    for field, uri in _inputs(spec):
+        try:
+            volumes.locate_input(field, uri)
+        except MissingInputError as error:
+            missing.append(str(error))
+    if missing:
+        raise MissingInputError("\n".join(missing))
 
 
 def _facts(model: Path) -> ModelFacts:

@@ -28,7 +28,7 @@ from torchx.schedulers.local_scheduler import CWDImageProvider, LocalScheduler
 from torchx.specs import AppDef, Role
 
 from cptjob.live import LiveDisplay
-from cptjob_trainer import lineage
+from cptjob_trainer import lineage, output_folder
 from cptjob_trainer.config import TrainerConfig
 from cptjob_trainer.errors import OutputBusyError, OutputError
 
@@ -286,7 +286,7 @@ class _Run:
         if self.stop.asked > 1:
             return Ending(KILLED, "stopped at once, without a new checkpoint", self.directory)
         if said is None:
-            message = f"the {role} ended with exit code {code}; the same command continues"
+            message = f"the {role} {_end(code)}; the same command continues"
             return Ending(code, message if code else "", self.directory)
         complete = said.get("reason") == "AlreadyComplete"
         return Ending(code, str(said.get("message", "")), self.directory, complete)
@@ -316,6 +316,11 @@ class _Run:
                 process.kill()
 
 
+def _end(code: int) -> str:
+    """How a process ended that left no word, by the exit code that a shell would give."""
+    return f"was killed (signal {code - 128})" if code > 128 else f"ended with exit code {code}"
+
+
 def read_progress(address: str) -> dict[str, Any] | None:
     """The coordinator's /progress; None when it does not answer."""
     value = _read_json(address, "progress")
@@ -341,13 +346,15 @@ def _read_termination(path: Path) -> dict[str, Any] | None:
 
 
 def run(config: TrainerConfig, display: LiveDisplay, environment: dict[str, str]) -> Ending:
-    """Runs the job to its end. Raises OutputError, OutputBusyError, MismatchError before anything
-    is started, and what the check of the model raises.
+    """Runs the job to its end. Raises OutputError, OutputBusyError, ConfigError before anything is
+    started, and what the check of the model raises.
 
     ``environment`` is added to that of the processes. Must be called from the main thread: the
     processes follow the thread that starts them, and signals arrive there.
     """
     output = config.paths.output
+    # Before the lock, which makes the folder.
+    output_folder.check(config)
     with ClientLock(output):
         grace = config.checkpoint.grace_period_seconds + 10.0
         _wait_for_orphan(output, grace, display.say)

@@ -4,6 +4,7 @@
 is for local runs only. Relative paths start at the current directory.
 """
 
+import difflib
 import errno
 import os
 from collections.abc import Iterable, Mapping
@@ -36,6 +37,17 @@ class Volumes:
                 raise MissingInputError(f"--volume {option}: {path} is not a directory")
             directories[claim] = path
         return cls(directories, base)
+
+    def check_claims(self, uris: Iterable[str]) -> None:
+        """Refuse directories for claims that none of a manifest's `uris` names. UsageError."""
+        places = (Storage.parse(uri) for uri in uris)
+        claims = sorted({storage.place for storage in places if storage.scheme == "pvc"})
+        for claim in sorted(self._directories.keys() - set(claims)):
+            near = difflib.get_close_matches(claim, claims, n=1)
+            known = (
+                f"did you mean {near[0]}?" if near else f"it names {', '.join(claims) or 'none'}"
+            )
+            raise UsageError(f"--volume {claim}: the manifest names no such claim; {known}")
 
     def locate(self, uri: str) -> Path:
         """The path that ``uri`` stands for, there or not. Raises ConfigError for a remote one."""

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from cptjob import cli
+from cptjob import cli, jobs
+from cptjob.volumes import Volumes
 from cptjob_trainer.config import TrainerConfig
 from cptjob_trainer.errors import UsageError
 
@@ -139,6 +140,52 @@ def test_a_missing_claim_names_the_path_and_the_option(cptjob: Cli, place: Path)
     assert "give --volume models=DIR" in done.stderr
     found = cptjob("estimate", "job.yaml", "--volume", "models=elsewhere")
     assert found.returncode == 0, found.stderr
+
+
+def test_all_that_is_missing_is_told_at_once(cptjob: Cli, place: Path) -> None:
+    (place / "volumes").rename(place / "elsewhere")
+    done = cptjob("run", "job.yaml")
+    assert done.returncode == 66
+    model, data = done.stderr.splitlines()
+    assert model.startswith("error: job.yaml:6: spec.model.storageUri: pvc://models/small is ")
+    assert data.startswith("error: job.yaml:8: spec.datasets[0].storageUri: pvc://data/law is ")
+
+
+@pytest.mark.parametrize(
+    "command", [("run",), ("validate",), ("validate", "--data"), ("estimate",)]
+)
+def test_a_volume_of_no_claim_is_refused_with_the_nearest(
+    cptjob: Cli, place: Path, command: tuple[str, ...]
+) -> None:
+    done = cptjob(*command, "job.yaml", "--volume", f"model={place}")
+    assert done.returncode == UsageError.exit_code
+    assert done.stderr == (
+        "error: --volume model: the manifest names no such claim; did you mean models?\n"
+    )
+
+
+def test_gpus_that_this_machine_has_not_are_told(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = place / "job.yaml"
+    load = lambda: jobs.load(manifest, None, Volumes.parse([], place), 1)  # noqa: E731
+    monkeypatch.setattr(jobs, "DRIVERS", (str(place / "none"),))
+    assert not load().lacks_gpus
+    trainer = "  trainer: {resourcesPerNode: {limits: {nvidia.com/gpu: 8}}}\n"
+    manifest.write_text(manifest.read_text() + trainer)
+    assert load().lacks_gpus
+    monkeypatch.setattr(jobs, "DRIVERS", (str(place),))
+    assert not load().lacks_gpus
+
+
+def test_without_a_kubeconfig_the_message_says_what_to_do(cptjob: Cli) -> None:
+    done = cptjob("status", "--kubeconfig", "none.yaml")
+    assert done.returncode == 69
+    assert (done.stdout, done.stderr) == (
+        "",
+        "error: no cluster is configured: none.yaml is not there; give --kubeconfig FILE or set "
+        "KUBECONFIG; `cptjob run` needs no cluster\n",
+    )
 
 
 def test_a_good_manifest_is_valid_even_where_its_volumes_are_not(cptjob: Cli, place: Path) -> None:

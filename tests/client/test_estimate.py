@@ -17,6 +17,8 @@ from cptjob.estimate import Estimate, estimate, render
 from cptjob.volumes import Volumes
 from cptjob_trainer import devices
 from cptjob_trainer.config import TrainerConfig
+from cptjob_trainer.errors import CPTJobError
+from cptjob_trainer.modeldir import check_model
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -110,6 +112,22 @@ def test_what_fits_is_said_as_the_trainer_would_do_it(
     assert answer.speed is not None
     flops = (6000 + 9600) * (4 / 3 if recomputed else 1)
     assert answer.speed.tokens_per_second == pytest.approx(1e12 / flops)
+
+
+def test_a_model_that_run_refuses_is_refused_in_the_same_words(cptjob: Cli, place: Path) -> None:
+    model = place / "volumes" / "models" / "small"
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    done = cptjob("estimate", "job.yaml")
+    with pytest.raises(CPTJobError) as told:
+        check_model(model)
+    assert (done.returncode, done.stderr) == (told.value.exit_code, f"error: {told.value}\n")
+
+
+def test_files_that_run_refuses_are_refused(cptjob: Cli, place: Path) -> None:
+    (place / "volumes" / "data" / "law" / "b.jsonl.gz").write_bytes(b"\x1f\x8b")
+    done = cptjob("estimate", "job.yaml")
+    assert done.returncode == 65
+    assert "law/b.jsonl.gz: " in done.stderr
 
 
 def test_time_from_a_given_speed(place: Path) -> None:

@@ -241,7 +241,7 @@ def test_a_lost_coordinator_leaves_the_workers_the_time_that_their_save_takes(
     os.kill(_coordinator_of(client.output), signal.SIGKILL)
     code, _, errors = client.end(process)
     assert code == 137
-    assert "error: the coordinator ended with exit code 137; the same command continues" in errors
+    assert "error: the coordinator was killed (signal 9); the same command continues" in errors
     assert client.notes("saving") == 2
     assert client.notes("saved") == 2
     assert _processes_of(client.output) == []

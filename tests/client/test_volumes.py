@@ -38,6 +38,15 @@ def test_a_volume_that_is_no_directory_is_missing(tmp_path: Path) -> None:
         Volumes.parse(["data=nowhere"], tmp_path)
 
 
+def test_a_directory_for_a_claim_that_nothing_names_is_a_usage_error(tmp_path: Path) -> None:
+    uris = ["pvc://models/m", "pvc://data/law", "file:///elsewhere"]
+    Volumes.parse([f"data={tmp_path}"], tmp_path).check_claims(uris)
+    with pytest.raises(UsageError, match=r"--volume dat: .* no such claim; did you mean data\?"):
+        Volumes.parse([f"dat={tmp_path}"], tmp_path).check_claims(uris)
+    with pytest.raises(UsageError, match=r"--volume foo: .* it names data, models$"):
+        Volumes.parse([f"foo={tmp_path}"], tmp_path).check_claims(uris)
+
+
 def test_a_missing_input_names_field_path_and_option(tmp_path: Path) -> None:
     volumes = Volumes.parse([], tmp_path)
     with pytest.raises(MissingInputError) as caught:

@@ -1,10 +1,13 @@
 """Every fault of a data file is named with its file, its line and what to do."""
 
+import errno
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -115,6 +118,26 @@ def test_missing_and_empty_data_sets_say_so(
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"holds no file; put .jsonl files there"):
         check(job(tmp_path / "empty"))
+
+
+def test_a_file_that_may_not_be_read_is_missing_input_as_a_model_is(
+    tmp_path: Path,
+    make: SimpleNamespace,
+    job: Callable[..., TrainerConfig],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = make.texts(tmp_path / "data.jsonl", ["a text"])
+    config, opened = job(data), Path.open
+
+    # Root may read everything, so the refusal is made here.
+    def refuse(path: Path, *arguments: Any, **named: Any) -> Any:
+        if path == data:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return opened(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(MissingInputError, match="cannot be read: Permission denied; check"):
+        check(config)
 
 
 def test_all_faults_are_shown_up_to_a_limit_and_the_rest_is_counted(

@@ -81,6 +81,11 @@ def test_other_epochs_and_weights_need_no_other_preparation(build: Job) -> None:
     assert answer.steps == prepare(other, packs=packs).total_steps
 
 
+def test_the_tokens_of_prepared_data_are_counted(build: Job) -> None:
+    (source,) = prepare(build(0), packs=packs).sources
+    assert estimate(build(0, epochs=3)).tokens == 3 * source.tokens
+
+
 @pytest.mark.parametrize(
     "change",
     [{"max_length": 48}, {"split": 20.0}, {"system_prompt": "Be brief."}, {"data": "changed"}],

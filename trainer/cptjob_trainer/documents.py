@@ -115,8 +115,12 @@ def _file_problem(path: Path) -> str | None:
     try:
         with path.open("rb") as file:
             head = file.read(32)
+    except PermissionError as error:
+        raise MissingInputError(
+            f"{path}: cannot be read: {error.strerror}; check its permissions"
+        ) from error
     except OSError as error:
-        return f"cannot be read: {error.strerror}"
+        raise unreadable(path, error) from error
     if not head:
         return "the file is empty; remove it, or write documents into it"
     for magic, problem in _MAGIC.items():

@@ -57,7 +57,8 @@ def _no_safetensors(path: Path, names: list[str]) -> DataError | MissingInputErr
         return DataError(
             f"{path / pickles[0]}: weights as a pickle can run code and are refused; convert them: "
             'python -c "from transformers import AutoModelForCausalLM as M; '
-            "M.from_pretrained('.').save_pretrained('converted')\" and copy the tokenizer"
+            f"M.from_pretrained('{path}').save_pretrained('{path}-converted')\", copy the tokenizer "
+            f"there and name {path}-converted as the model"
         )
     return foreign_files.among(path, names) or MissingInputError(
         f"{path}: the weights are missing ({SINGLE}); copy them here"
