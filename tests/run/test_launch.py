@@ -1,7 +1,9 @@
 """The launcher with real processes: exit codes, restarts, stops, deaths."""
 
+import argparse
 import os
 import signal
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from cptjob_trainer import launch
 
 MakeJob = Callable[..., Any]
 
@@ -172,6 +176,21 @@ def test_a_launcher_whose_parent_dies_lets_the_workers_save(job: MakeJob) -> Non
     for pid in family:
         made.wait_until(lambda pid=pid: not made.is_alive(pid), f"{pid} ends")
     assert made.notes("saved") == ["saved.0.0", "saved.1.0"]
+
+
+def test_a_coordinator_that_goes_just_before_the_gang_meets_is_lost_and_no_fault_of_ours(
+    job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = job("ok")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ConnectionRefusedError(111, "Connection refused")
+
+    # The store answers still; a connection of our own, which tells our address, is refused.
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    options = argparse.Namespace(run_id="run", entrypoint="", config=made.config_path)
+    with pytest.raises(launch.CoordinatorLostError, match=r"is gone.*again to continue"):
+        launch._run_agent(options, made.config, 2, 1, made.address)
 
 
 def test_two_launchers_form_one_gang_and_end_with_the_same_cause(job: MakeJob) -> None:

@@ -193,7 +193,7 @@ def _run_agent(
         local_address = "127.0.0.1" if nodes == 1 else _address_towards(address)
         run_id = options.run_id or config.uid
         handler = rendezvous(client, run_id, nodes, local_address, JOIN_SECONDS)
-    except (RendezvousError, RuntimeError) as error:
+    except (RendezvousError, RuntimeError, OSError) as error:
         raise CoordinatorLostError(lost) from error
 
     settings = AgentSettings(
