@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from cptjob_trainer import checkpoint_folder, modeldir
+from cptjob_trainer import checkpoint_folder, modeldir, output_folder
 from cptjob_trainer.checkpoint_folder import Stored, mismatch
 from cptjob_trainer.config import DIVISION, TrainerConfig
 from cptjob_trainer.errors import MismatchError
@@ -38,11 +38,13 @@ def refused(theirs: Stored, ours: dict[str, Any], named: dict[str, str]) -> Mism
 
 
 def check_before_preparing(config: TrainerConfig) -> None:
-    """Refuse an output that holds another run's checkpoints, as far as model and settings tell.
+    """Refuse an output that must not be written: one among the inputs, one that holds what no run
+    has made, and one with another run's checkpoints, as far as model and settings tell.
 
     Preparing takes long and leaves files behind. What only the data can tell is found after it.
-    Raises MismatchError, and what the model's check and the folder's scan raise.
+    Raises ConfigError, and what the model's check and the folder's scan raise.
     """
+    output_folder.check(config)
     directory = config.paths.output / "checkpoints"
     if config.checkpoint.on_mismatch != "Refuse" or not directory.is_dir():
         return
