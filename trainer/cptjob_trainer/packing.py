@@ -1,7 +1,8 @@
 """Whether documents may share a row: the architecture is tried once, and the answer remembered.
 
 Trying an architecture imports torch and takes seconds: a process of its own does that while
-documents are tokenised, and is ended when these turn out to be broken.
+documents are read, and is ended when these turn out to be broken. It looks first whether the weights
+are those of the model that is tried.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from cptjob_trainer import lifeline
-from cptjob_trainer.errors import CPTJobError
+from cptjob_trainer.errors import CPTJobError, DataError
 from cptjob_trainer.modeldir import ModelInfo
 
 
@@ -45,7 +46,7 @@ def trial(
     if packs is not None:
         yield lambda: remembered(packs(model.path))
         return
-    with _Trial(model.path) as started:
+    with Trial(model.path) as started:
         yield lambda: remembered(started.result())
 
 
@@ -61,15 +62,24 @@ def _known(path: Path) -> bool | None:
         return None
 
 
-class _Trial:
-    """isolation.packs(model) in a process of its own."""
+class Trial:
+    """model_fit.check(model), then isolation.packs(model), in a process of its own."""
 
-    _PROGRAM = (
-        "import signal, sys; from cptjob_trainer import lifeline; "
-        "lifeline.follow_parent(signal.SIGKILL) or sys.exit('its parent is gone'); "
-        "from pathlib import Path; from cptjob_trainer import isolation; "
-        "print('packs', isolation.packs(Path(sys.argv[1])))"
-    )
+    _PROGRAM = """
+import json, signal, sys
+from pathlib import Path
+from cptjob_trainer import lifeline
+from cptjob_trainer.errors import DataError
+lifeline.follow_parent(signal.SIGKILL) or sys.exit("its parent is gone")
+from cptjob_trainer import isolation, model_fit
+model = Path(sys.argv[1])
+try:
+    model_fit.check(model)
+except DataError as error:
+    print(json.dumps({"refused": str(error)}))
+else:
+    print(json.dumps({"packs": isolation.packs(model)}))
+"""
 
     def __init__(self, model: Path) -> None:
         self._process = subprocess.Popen(
@@ -89,9 +99,12 @@ class _Trial:
         self._process.communicate()
 
     def result(self) -> bool:
+        """Whether documents may share a row. Raises DataError for weights of another model."""
         output, errors = self._process.communicate()
-        word = output.split()[-2:]
-        if self._process.returncode != 0 or word[:1] != ["packs"]:
+        if self._process.returncode != 0 or not output:
             last = (errors.strip().splitlines() or ["it was killed"])[-1]
             raise CPTJobError(f"the model's architecture could not be tried: {last}")
-        return word[1] == "True"
+        said = json.loads(output.splitlines()[-1])
+        if "refused" in said:
+            raise DataError(said["refused"])
+        return bool(said["packs"])

@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from cptjob_trainer import (
     failpoints,
     known_files,
     modeldir,
+    output_folder,
     packing,
     prepared,
     presets,
@@ -70,14 +71,21 @@ def check(
     *,
     stop: Callable[[], bool] = lambda: False,
     processes: int | None = None,
+    weights: bool = False,
 ) -> Checked:
-    """Check model, tokenizer and data as `prepare` does, without writing anything."""
+    """Check model, tokenizer and data as `prepare` does, without writing anything.
+
+    weights: look also whether they are those of the model's configuration, which imports torch.
+    """
     model = _checked_model(config)
     with tempfile.TemporaryDirectory(prefix="cptjob-check-") as scratch:
         tokenizer.load(model.path, Path(scratch))
     corpus = Corpus(config)
     reading = lambda done, total: report("Validating", done, total)  # noqa: E731
-    corpus.read(VALIDATE, reading, stop=stop, processes=processes)
+    with packing.Trial(model.path) if weights else nullcontext() as trial:
+        corpus.read(VALIDATE, reading, stop=stop, processes=processes)
+        if trial is not None:
+            trial.result()
     return Checked(
         model=model,
         documents={given.dataset.name: given.documents for given in corpus.given},
@@ -101,6 +109,7 @@ def prepare(
     documents may share a row; by default the architecture is tried (isolation.packs). What was
     prepared before is found again and returned at once.
     """
+    output_folder.check(config)
     model = _checked_model(config)
     corpus = Corpus(config)
     # Before the data is read: what changes meanwhile is then not taken for what was prepared.
@@ -396,7 +405,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = presets.load(options.config)
         if options.check_only:
-            print(_summary_of_check(check(config, _print_progress)))
+            print(_summary_of_check(check(config, _print_progress, weights=True)))
         else:
             print(_summary(prepare(config, _print_progress)))
     except CPTJobError as error:

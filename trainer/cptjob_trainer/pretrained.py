@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cptjob_trainer import attention, dropout, dropout_rates, isolation
+from cptjob_trainer import attention, dropout, dropout_rates, isolation, model_fit
 from cptjob_trainer.config import ResolvedTraining, TrainerConfig
 from cptjob_trainer.errors import ConfigError, DataError
 from cptjob_trainer.model import decoder_layers
@@ -16,21 +16,27 @@ from cptjob_trainer.model import decoder_layers
 def load(config: TrainerConfig, packed: bool) -> Any:
     """The whole model in fp32 on the CPU, its attention chosen by trying it.
 
-    Raises DataError for weights that are not finite, ConfigError for dropouts and adapters that
-    have no place in it, and for weights with which packed rows do not work.
+    Raises DataError for weights that are not those of the configuration or not finite, ConfigError
+    for dropouts and adapters that have no place in it, and for weights with which packed rows do
+    not work.
     """
     from transformers import AutoModelForCausalLM
 
     model_config, missing = _model_config(config)
     # Adapters begin with random numbers.
     torch.manual_seed(config.training.seed)
-    lm = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         config.model.path,
         config=model_config,
         dtype=torch.float32,
         trust_remote_code=False,
         use_safetensors=True,
+        output_loading_info=True,
+        # Told by the report, with the file.
+        ignore_mismatched_sizes=True,
     )
+    lm, report = loaded
+    model_fit.refuse(Path(config.model.path), lm.state_dict().keys(), report)
     _refuse_not_finite(lm, Path(config.model.path))
     _choose_attention(lm, packed, dropout_rates.active(lm, model_config))
     _adapt(lm, config.training, missing)
@@ -56,9 +62,7 @@ def skeleton(config: TrainerConfig, attention_name: str, parameters: Iterable[st
 
 def _model_config(config: TrainerConfig) -> tuple[Any, list[str]]:
     """The model's configuration with the manifest's dropouts, and those it has no name for."""
-    from transformers import AutoConfig
-
-    model_config = AutoConfig.from_pretrained(Path(config.model.path), trust_remote_code=False)
+    model_config = model_fit.read_config(Path(config.model.path))
     dropout_rates.check_reproducible(model_config)
     return model_config, dropout_rates.set_rates(model_config, _rates(config.training))
 
