@@ -100,7 +100,7 @@ class Dataset(ValidationDataset):
         default=None,
         description="Domain: share among the domain data sets. General: share of all tokens. All "
         "data sets of a role have one, or none has.",
-        json_schema_extra=rule("Domain: by its rows; General: 0.05 among them all"),
+        json_schema_extra=rule("by its rows for Domain, 0.05 among them all for General"),
     )
 
 

@@ -131,7 +131,7 @@ spec:
         "10: spec.datasets[0].storageUri: required: the file or directory of .jsonl files",
         "11: spec.datasets[0].version: must be text, not 3; put it in quotes",
         "12: spec.datasets[0].weight: must be greater than 0, not 0; left out, it means: "
-        "Domain: by its rows; General: 0.05 among them all",
+        "by its rows for Domain, 0.05 among them all for General",
         "14: spec.training.seed: must be a whole number, not true",
         "15: spec.training.epochs: must be a whole number, not 2.5",
         "16: spec.training.optimizer.betas[1]: required",

@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from cptjob_trainer import advice
-from cptjob_trainer.config import DatasetInput
+from cptjob_trainer.config import DatasetInput, ResolvedLora
 
 SOUND: dict[str, Any] = {
     "packed": True,
@@ -83,6 +85,24 @@ def test_a_warm_up_that_never_ends_is_told_with_both_numbers() -> None:
     (said,) = advice.long_warmup(500, 48)
     assert "warmupSteps: 500 is more than the job's 48 steps" in said
     assert advice.long_warmup(48, 48) == advice.long_warmup(None, 48) == []
+
+
+def test_layers_to_adapt_that_the_model_has_not_are_told_with_those_it_has(
+    tmp_path: Path,
+) -> None:
+    names = ["model.layers.0.q_proj.weight", "model.layers.0.v_proj.weight"]
+    tensors = {name: torch.zeros(2, 2) for name in names} | {"model.norm.weight": torch.zeros(2)}
+    save_file(tensors, tmp_path / "model.safetensors")
+
+    def told(*targets: str) -> list[str]:
+        lora = ResolvedLora(alpha=8.0, target_modules=targets)
+        return advice.unmatched_targets(lora, tmp_path)
+
+    assert told("q_proj", "layers.0.v_proj") == told("all-linear") == []
+    assert told("q_proj", "proj", "norm") == [
+        "training.lora.targetModules: no layer of the model is named proj, norm; it has q_proj, v_proj"
+    ]
+    assert advice.unmatched_targets(None, tmp_path) == []
 
 
 def test_a_loss_that_is_not_measured_has_its_reason() -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -60,3 +61,10 @@ def test_a_loss_that_is_no_number_is_null_with_a_reason(
     assert value["metrics"]["heldout_general_loss"] == 2.5
     reason = "the model's loss on this text is not a finite number"
     assert value["notFinite"] == {"heldout_domain_loss": reason}
+
+
+def test_the_manifest_names_the_version_that_made_it(
+    trained: tuple[TrainerConfig, Prepared],
+) -> None:
+    value = manifest(*trained, LoopState(), BASE, 1)
+    assert value["software"]["cptjob"] == version("cptjob")

@@ -5,11 +5,12 @@ Each rule gives one sentence or none. No torch.
 
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from cptjob_trainer import request
-from cptjob_trainer.config import DatasetInput, TrainerConfig
+from cptjob_trainer import request, safetensors_header
+from cptjob_trainer.config import DatasetInput, ResolvedLora, TrainerConfig
 from cptjob_trainer.words import counted
 
 # Below so many domain tokens, a text that is seen more than once is learnt by heart.
@@ -132,6 +133,7 @@ def of_run(config: TrainerConfig, steps: int) -> list[str]:
     training = config.training
     return [
         *same_data(config.datasets, config.validation.datasets),
+        *unmatched_targets(training.lora, config.model.path),
         *uneven_batch(training.global_batch_size, config.processes.world_size),
         *long_warmup(training.schedule.warmup_steps, steps),
     ]
@@ -155,6 +157,37 @@ def same_data(datasets: Iterable[DatasetInput], held_out: Iterable[DatasetInput]
 
 def _files(dataset: DatasetInput) -> set[Path]:
     return {file.resolve() for file in request.files(dataset.path)}
+
+
+def unmatched_targets(lora: ResolvedLora | None, model: Path) -> list[str]:
+    """Names of layers to adapt that no weight of the model has."""
+    if lora is None or lora.target_modules == ("all-linear",):
+        return []
+    layers = _layers(model)
+    unknown = [
+        name for name in lora.target_modules if not any(_ends(each, name) for each in layers)
+    ]
+    if not unknown or not layers:
+        return []
+    known = sorted({layer.rpartition(".")[2] for layer in layers})
+    return [
+        f"training.lora.targetModules: no layer of the model is named {', '.join(unknown)}; it has "
+        f"{', '.join(known)}"
+    ]
+
+
+def _ends(layer: str, name: str) -> bool:
+    return layer == name or layer.endswith(f".{name}")
+
+
+def _layers(model: Path) -> list[str]:
+    """The names of matrices, as far as the files can be read: others say what is wrong with them."""
+    names = []
+    for path in sorted(model.glob("*.safetensors")):
+        with suppress(OSError, ValueError), path.open("rb") as file:
+            tensors = safetensors_header.read(file).tensors
+            names += [each.name for each in tensors if len(each.shape) == 2]
+    return [name.removesuffix(".weight") for name in names]
 
 
 def uneven_batch(batch: int, processes: int) -> list[str]:

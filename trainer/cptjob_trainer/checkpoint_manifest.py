@@ -143,6 +143,6 @@ def _digest(manifest: dict[str, Any]) -> str:
 
 
 def software() -> dict[str, str]:
-    """Versions on which exact continuation depends."""
-    packages = ("torch", "transformers", "peft", "safetensors", "tokenizers")
+    """Versions of this program, and of that on which exact continuation depends."""
+    packages = ("cptjob", "torch", "transformers", "peft", "safetensors", "tokenizers")
     return {"python": platform.python_version()} | {name: version(name) for name in packages}
