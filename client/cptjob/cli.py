@@ -127,10 +127,8 @@ def run(file: Path, output: Path | None, volumes: tuple[str, ...], processes: in
 
     Ctrl-C saves a checkpoint and stops; the same command goes on from there.
     """
-    from rich.console import Console
-
     from cptjob import local
-    from cptjob.live import LiveDisplay
+    from cptjob.live import LiveDisplay, console
     from cptjob.summary import summary
 
     job = _load(file, output, volumes, processes)
@@ -140,7 +138,7 @@ def run(file: Path, output: Path | None, volumes: tuple[str, ...], processes: in
             "run trains on its CPUs",
             err=True,
         )
-    ending = local.run(job.config, LiveDisplay(Console(stderr=True)), job.environment)
+    ending = local.run(job.config, LiveDisplay(console()), job.environment)
     out = job.config.paths.output
     if ending.exit_code == 0:
         if ending.complete:

@@ -1,5 +1,6 @@
 """What a person sees while a job runs: a bar on a terminal, plain lines elsewhere."""
 
+import os
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -9,6 +10,20 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 
 from cptjob_trainer.narrator import Narrator, describe
+
+
+class _Console(Console):
+    """Standard error, and nothing once nobody reads that: a run does not end with `| head`."""
+
+    def on_broken_pipe(self) -> None:
+        silence = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silence, 2)
+        os.close(silence)
+
+
+def console() -> Console:
+    """Where a person sees a run."""
+    return _Console(stderr=True)
 
 
 class LiveDisplay:

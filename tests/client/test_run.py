@@ -271,6 +271,17 @@ def test_a_second_run_of_the_same_output_is_refused(client: Client) -> None:
     assert client.notes("saved") == 2
 
 
+def test_a_run_whose_reader_goes_away_goes_on_to_its_end(client: Client) -> None:
+    client.name("ok")
+    process = client.run()
+    assert process.stderr is not None
+    process.stderr.close()
+    assert process.stdout is not None
+    output = process.stdout.read()
+    assert process.wait(timeout=PATIENCE_SECONDS) == 0
+    assert "Model:        out/model" in output
+
+
 def test_a_complete_output_is_left_alone(client: Client) -> None:
     client.name("ok")
     volumes = Volumes.parse([], client.place)
