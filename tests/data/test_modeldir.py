@@ -88,6 +88,11 @@ REFUSED: dict[str, tuple[Change, type[CPTJobError], str]] = {
         DataError,
         "model_type nonsense is not supported",
     ),
+    "no type": (
+        lambda m: set_config(m, model_type=None),
+        DataError,
+        "config.json: model_type is missing; copy the file again",
+    ),
     "remote code": (
         lambda m: set_config(m, auto_map={"AutoModel": "x.Y"}),
         DataError,

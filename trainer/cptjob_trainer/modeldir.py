@@ -166,6 +166,11 @@ def _architecture(path: Path, config: dict[str, Any]) -> str:
             f"{path / 'config.json'}: architecture {architecture or model_type or 'unknown'} is not "
             "supported; a causal language model of transformers is needed, such as LlamaForCausalLM"
         )
+    if model_type is None:
+        raise DataError(
+            f"{path / 'config.json'}: model_type is missing; copy the file again, or name the "
+            "architecture's, such as llama"
+        )
     if model_type not in known:
         raise DataError(
             f"{path / 'config.json'}: model_type {model_type} is not supported; a causal language "
