@@ -5,10 +5,12 @@ files that the processes leave, never from torchx's own account.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,7 +32,7 @@ from torchx.specs import AppDef, Role
 from cptjob.live import LiveDisplay
 from cptjob_trainer import lineage, output_folder
 from cptjob_trainer.config import TrainerConfig
-from cptjob_trainer.errors import OutputBusyError, OutputError
+from cptjob_trainer.errors import OutputBusyError, OutputError, StorageFullError
 
 COORDINATOR = "coordinator"
 TRAINER = "trainer"
@@ -46,7 +48,10 @@ _STORE_FILE = "store.address"
 _WARNINGS_FILE = "warnings.txt"
 
 _POLL_SECONDS = 0.2
+#: With less than this a process may not even have had the room to say why it ended.
+_LITTLE_BYTES = 1 << 20
 _COORDINATOR_SECONDS = 5.0
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,8 @@ def _open_lock(output: Path, path: Path) -> int:
         output.mkdir(parents=True, exist_ok=True)
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
+        if error.errno in _FULL:
+            raise  # told as that
         raise OutputError(
             f"cannot write the output folder {output}: {error.strerror}; "
             "choose another one with --output or change its permissions"
@@ -285,6 +292,10 @@ class _Run:
         said = _read_termination(_termination_path(self.directory, role))
         if self.stop.asked > 1:
             return Ending(KILLED, "stopped at once, without a new checkpoint", self.directory)
+        if said is None and code and shutil.disk_usage(self.directory).free < _LITTLE_BYTES:
+            # It could not even say why it ended.
+            message = _no_space(self.config.paths.output)
+            return Ending(StorageFullError.exit_code, message, self.directory)
         if said is None:
             message = f"the {role} {_end(code)}; the same command continues"
             return Ending(code, message if code else "", self.directory)
@@ -355,7 +366,7 @@ def run(config: TrainerConfig, display: LiveDisplay, environment: dict[str, str]
     output = config.paths.output
     # Before the lock, which makes the folder.
     output_folder.check(config)
-    with ClientLock(output):
+    with _room(output), ClientLock(output):
         grace = config.checkpoint.grace_period_seconds + 10.0
         _wait_for_orphan(output, grace, display.say)
         lineage.check_before_preparing(config)
@@ -367,6 +378,20 @@ def run(config: TrainerConfig, display: LiveDisplay, environment: dict[str, str]
             role.env.update(environment)
         with _started(config, job, directory, display) as started, display:
             return started.watch()
+
+
+@contextlib.contextmanager
+def _room(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise StorageFullError(_no_space(output)) from error
+
+
+def _no_space(directory: Path) -> str:
+    return f"no space left on {directory}; free some and run the same command"
 
 
 def _make_run_directory(output: Path, name: str) -> Path:

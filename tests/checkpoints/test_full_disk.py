@@ -88,6 +88,21 @@ def check(result: dict[str, Any]) -> None:
         assert told in result["said"]
 
 
+def test_a_first_checkpoint_that_does_not_fit_is_not_told_to_keep_fewer(lab: Any) -> None:
+    def act() -> str:
+        checkpoints = lab.make()
+        checkpoints.open()
+        free = shutil.disk_usage
+        shutil.disk_usage = lambda path: free(path)._replace(free=1000)  # type: ignore[assignment]
+        with pytest.raises(StorageFullError) as caught:
+            checkpoints.save(3, large(), {"step": 3})
+        return str(caught.value)
+
+    said = on_a_small_volume(lab, act)
+    assert "needed; delete what is not needed, or put the output on another volume" in said
+    assert "keepLast" not in said
+
+
 def test_a_checkpoint_that_does_not_fit_is_not_begun(lab: Any) -> None:
     def act() -> Any:
         written = []

@@ -18,7 +18,7 @@ import pytest
 from cptjob import jobs, local
 from cptjob.volumes import Volumes
 from cptjob_trainer.config import digest
-from cptjob_trainer.errors import OutputError
+from cptjob_trainer.errors import OutputError, StorageFullError
 from cptjob_trainer.progress import ProgressServer
 
 PATIENCE_SECONDS = 90.0
@@ -138,7 +138,7 @@ def test_a_dead_worker_is_told_in_a_line_with_what_is_done_about_it(client: Clie
     told = [line for line in errors.splitlines() if line.startswith("warning: ")]
     restarted = (
         "rank 0 was ended by SIGKILL (often: out of memory); the workers are restarted and go on "
-        "from the newest checkpoint (restart 1 of 3)"
+        "from what was saved last (restart 1 of 3)"
     )
     assert told == ["warning: little data", f"warning: {restarted}"]
     (file,) = client.output.glob("logs/*/warnings.txt")
@@ -280,6 +280,27 @@ def test_a_run_whose_reader_goes_away_goes_on_to_its_end(client: Client) -> None
     output = process.stdout.read()
     assert process.wait(timeout=PATIENCE_SECONDS) == 0
     assert "Model:        out/model" in output
+
+
+def test_a_full_volume_is_told_as_that_before_and_after_the_processes_start(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = jobs.load(place / "job.yaml", tmp_path / "out", Volumes.parse([], place), 1).config
+    told = f"no space left on {tmp_path / 'out'}; free some and run the same command"
+    display: Any = SimpleNamespace(say=print)
+
+    def full(*_: object) -> Path:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(local, "_make_run_directory", full)
+    with pytest.raises(StorageFullError, match=told):
+        local.run(config, display, {})
+    run = local._Run(config, tmp_path, display, local._Stop())
+    run.processes[local.TRAINER] = SimpleNamespace(returncode=1)  # type: ignore[assignment]
+    assert run._ending(local.TRAINER).message.startswith("the trainer ended with exit code 1")
+    monkeypatch.setattr(local.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    ending = run._ending(local.TRAINER)
+    assert (ending.exit_code, ending.message) == (74, told)
 
 
 def test_a_complete_output_is_left_alone(client: Client) -> None:

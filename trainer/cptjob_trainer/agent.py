@@ -318,7 +318,7 @@ class Agent(SimpleElasticAgent):
                 f"{root.message}\nrestarting the workers in place ({self.restarts} of {total})",
             )
             self._warn(
-                f"{root.message}; the workers are restarted and go on from the newest checkpoint "
+                f"{root.message}; the workers are restarted and go on from what was saved last "
                 f"(restart {self.restarts} of {total})"
             )
         return RunResult(state=WorkerState.FAILED)

@@ -344,11 +344,12 @@ class Checkpoints:
         if not full:
             return OutputError(f"cannot save {path}: {reason}; {kept}")
         free = shutil.disk_usage(self.directory).free
+        older = ", beside the older checkpoints; lower checkpoint.keepLast, "
+        beside = older if self._latest else "; "
         return StorageFullError(
             f"no room to save {path.name}: {amount(free)} are free on the volume of "
-            f"{self.directory} and {amount(needed)} are needed, beside the older checkpoints; "
-            "lower checkpoint.keepLast, delete what is not needed, or put the output on "
-            f"another volume; {kept}"
+            f"{self.directory} and {amount(needed)} are needed{beside}delete what is not needed, or "
+            f"put the output on another volume; {kept}"
         )
 
 
