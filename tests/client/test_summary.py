@@ -76,3 +76,7 @@ def test_a_loss_of_which_nothing_is_held_out_says_what_to_do(place: Path) -> Non
     (place / "out" / "manifest.json").write_text(json.dumps(value))
     said = _said(place)
     assert "not measured; nothing of it is held out: set validation.splitPercent above 0" in said
+    job = place / "job.yaml"
+    job.write_text(job.read_text().replace("splitPercent: 0", "splitPercent: 5"))
+    said = _said(place)
+    assert "not measured; nothing of it is held out: of one document none can be spared" in said

@@ -116,8 +116,10 @@ class Job:
     def start(self, processes: int = 2, **environment: str) -> subprocess.Popen[str]:
         command = [*self.prefix, sys.executable, "-m", "cptjob", "run", f"{self.name}.yaml"]
         command += ["--output", self.name, "--processes", str(processes)]
+        manifest = (self.place / f"{self.name}.yaml").read_text()
         for claim in ("models", "data"):
-            command += ["--volume", f"{claim}={self.volumes / claim}"]
+            if f"pvc://{claim}/" in manifest:
+                command += ["--volume", f"{claim}={self.volumes / claim}"]
         kept = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
         process = subprocess.Popen(
             command,
