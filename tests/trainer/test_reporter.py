@@ -2,13 +2,17 @@
 
 import json
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from cptjob_trainer import reporter
+from cptjob_trainer import components, reporter
 from cptjob_trainer.checkpoints import Resume
+from cptjob_trainer.prepared import Prepared
 from cptjob_trainer.state import LoopState
 
 
@@ -66,3 +70,15 @@ def test_it_tells_which_ranks_run_on_which_node() -> None:
         {"name": "node-a", "ranks": [0, 1]},
         {"name": "node-b", "ranks": [2]},
     ]
+
+
+def test_epochs_are_those_that_a_job_cut_short_by_max_steps_trains() -> None:
+    training = SimpleNamespace(epochs=3, global_batch_size=4)
+    prepared: Any = SimpleNamespace(total_rows=6618, total_steps=4, max_length=64)
+    prepared.drawn = partial(Prepared.drawn, prepared)
+    model: Any = SimpleNamespace(flops_per_token=float, parameter_count=lambda: 1)
+    config: Any = SimpleNamespace(training=training)
+    runtime: Any = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"))
+    told = components._reporter(config, prepared, runtime, model)
+    told.step(LoopState(step=4), 4, {"seconds": 1.0, "dataWait": 0.0, "tokens": 512, "loss": 3.25})
+    assert told._progress.epoch == pytest.approx(3 * 16 / 6618)

@@ -104,11 +104,12 @@ def _reporter(
 ) -> Reporter:
     on_gpu = runtime.device.type == "cuda"
     peak = peak_flops(torch.cuda.get_device_name(runtime.device) if on_gpu else "cpu")
+    drawn = prepared.drawn(config.training.global_batch_size) / max(1, prepared.total_rows)
     reporter = Reporter(
         runtime.rank,
         model.flops_per_token(prepared.max_length),
         None if peak is None else peak * runtime.world,
-        float(config.training.epochs),
+        config.training.epochs * drawn,
     )
     reporter.phase("Loading", f"{model.parameter_count() / 1e6:.1f}M parameters")
     return reporter
@@ -135,7 +136,8 @@ def _model(
         model = LossModel(lm)
         _settle_loss(model, sample)
     activations.checkpoint_where_needed(model, config, runtime)
-    tokens = prepared.total_rows * prepared.max_length / runtime.world
+    rows = prepared.drawn(config.training.global_batch_size)
+    tokens = rows * prepared.max_length / runtime.world
     flops = model.flops_per_token(prepared.max_length) * tokens
     compiling.compile_where_it_pays(model, config, runtime, flops)
     if runtime.sharded:

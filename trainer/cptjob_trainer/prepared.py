@@ -52,6 +52,10 @@ class Prepared:
     bad_line_count: int = 0
     bad_lines: tuple[Fault, ...] = field(default=(), repr=False)
 
+    def drawn(self, global_batch: int) -> int:
+        """Rows that the job trains on: all, but for those that maxSteps cuts off."""
+        return min(self.total_rows, self.total_steps * global_batch)
+
     def mix(self, seed: int) -> Mix:
         """The order of the training rows."""
         return Mix([source.rows() for source in self.sources], self.quotas, seed)
