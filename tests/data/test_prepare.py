@@ -52,10 +52,13 @@ def test_the_command_prepares_checks_and_exits_with_the_fault_code(
     tmp_path: Path, make: SimpleNamespace, job: Job, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = make.texts(tmp_path / "data.jsonl", make.sentences(50))
-    config = job(path)
+    # No layers, so that the few weights are all that the model has.
+    no_layers = {"num_hidden_layers": 0, "num_attention_heads": 1, "tie_word_embeddings": True}
+    model = make.model(tmp_path / "tied", **no_layers)
+    config = job(path, model=model)
     config.dump(tmp_path / "config.json")
     arguments = ["--config", str(tmp_path / "config.json")]
-    assert main([*arguments, "--check-only"]) == 0
+    assert main([*arguments, "--check-only"]) == 0, capsys.readouterr().err
     assert "data: 50 documents" in capsys.readouterr().out
     assert not config.paths.output.exists()
     make.remember_packs(config)
@@ -64,6 +67,16 @@ def test_the_command_prepares_checks_and_exits_with_the_fault_code(
     make.lines(path, ["[]"])
     assert main(arguments) == 65
     assert "data.jsonl:1: is a list" in capsys.readouterr().err
+
+
+def test_a_check_of_a_model_whose_weights_lack_something_says_what(
+    tmp_path: Path, make: SimpleNamespace, job: Job, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make.model(tmp_path / "untied", num_hidden_layers=0, num_attention_heads=1)
+    path = make.texts(tmp_path / "data.jsonl", make.sentences(50))
+    job(path, model=model).dump(tmp_path / "config.json")
+    assert main(["--config", str(tmp_path / "config.json"), "--check-only"]) == 65
+    assert "the weights lack the tensor lm_head.weight" in capsys.readouterr().err
 
 
 def test_a_warm_up_is_compared_with_the_steps_also_of_data_that_was_prepared_before(
