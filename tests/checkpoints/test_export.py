@@ -3,13 +3,14 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from cptjob_trainer import export
-from cptjob_trainer.errors import DataError, MissingInputError, OutputError
+from cptjob_trainer.errors import DataError, MismatchError, MissingInputError, OutputError
 
 
 @pytest.fixture
@@ -62,3 +63,30 @@ def test_finding_out_needs_no_torch() -> None:
     program = "import sys, cptjob_trainer.export; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr
+
+
+def test_an_adapter_is_not_put_on_another_base_nor_scaled_otherwise(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = {"rank": 4, "alpha": 32.0}
+    kept = {"model": "m", "training.method": "LoRA", "training.lora": adapter, "training.seed": 1}
+    checkpoints = lab.make(lineage=kept)
+    checkpoints.open()
+    checkpoints.save(4, {"model.a": torch.ones(3)}, {"step": 4})
+    found = SimpleNamespace(fingerprint="m")
+    monkeypatch.setattr(export.modeldir, "check_model", lambda path: found)
+
+    def config(**changes: Any) -> Any:
+        dumped = {"method": "LoRA", "lora": adapter, "seed": 2} | changes
+        training = SimpleNamespace(method="LoRA", model_dump=lambda **_: dumped)
+        model = SimpleNamespace(path=None, uri="pvc://models/new")
+        validation = SimpleNamespace(datasets=())
+        return SimpleNamespace(training=training, model=model, datasets=(), validation=validation)
+
+    checkpoint = export.find(lab.directory, 4)
+    export.check_run(checkpoint, config())  # another seed changes no model
+    with pytest.raises(MismatchError, match=r"lora\.alpha is 32\.0 in the checkpoint and 320\.0"):
+        export.check_run(checkpoint, config(lora=adapter | {"alpha": 320.0}))
+    found.fingerprint = "n"
+    with pytest.raises(MismatchError, match=r"model is .*pvc://models/new"):
+        export.check_run(checkpoint, config())

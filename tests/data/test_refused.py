@@ -1,8 +1,10 @@
 """What cannot be prepared is refused with its reason, and earlier output stays."""
 
+import json
 import resource
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,6 +36,36 @@ def test_a_tokenizer_of_another_model_is_refused(
     model = make.model(tmp_path / "other", kinds["gpt2"], vocab_size=100)
     with pytest.raises(DataError, match="the model's vocabulary has 100; copy the tokenizer"):
         prepare(job(path, model=model), packs=make.packs)
+
+
+@pytest.mark.parametrize("only_check", [False, True])
+def test_a_system_prompt_beyond_the_vocabulary_is_refused(
+    only_check: bool, tmp_path: Path, make: SimpleNamespace, job: Job, kinds: dict[str, Tokenizer]
+) -> None:
+    path = make.texts(tmp_path / "data.jsonl", make.sentences(9))
+    tokenizer = Tokenizer.from_str(kinds["gpt2"].to_str())
+    size = tokenizer.get_vocab_size()
+    tokenizer.add_special_tokens(["<|beyond|>"])
+    model = make.model(tmp_path / "other", tokenizer, vocab_size=size)
+    (model / "chat_template.jinja").write_text("<|beyond|>{{ messages[0]['content'] }}")
+    said = f"the system prompt holds token {size}, and the model's vocabulary has {size}; copy"
+    given = job(path, model=model, system_prompt="Be brief.")
+    work = check if only_check else partial(prepare, packs=make.packs)
+    with pytest.raises(DataError, match=said):
+        work(given)
+
+
+def test_a_padding_token_beyond_the_vocabulary_is_left_aside(
+    tmp_path: Path, make: SimpleNamespace, job: Job, kinds: dict[str, Tokenizer]
+) -> None:
+    path = make.texts(tmp_path / "data.jsonl", make.sentences(9))
+    tokenizer = Tokenizer.from_str(kinds["gpt2"].to_str())
+    size = tokenizer.get_vocab_size()
+    tokenizer.add_special_tokens(["<pad>"])
+    model = make.model(tmp_path / "other", tokenizer, vocab_size=size)
+    settings = model / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"pad_token": "<pad>"}))
+    assert prepare(job(path, model=model), packs=make.packs).pad_id < size
 
 
 @pytest.mark.parametrize("text", ["{}", "cut"])

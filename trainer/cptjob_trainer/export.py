@@ -2,13 +2,20 @@
 
 import argparse
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cptjob_trainer import checkpoint_folder, termination
+from cptjob_trainer import checkpoint_folder, lineage, modeldir, presets, termination
 from cptjob_trainer.checkpoint_manifest import faults, read_manifest
-from cptjob_trainer.config import AcceptedConfig
-from cptjob_trainer.errors import CheckpointError, DataError, MissingInputError, OutputError
+from cptjob_trainer.config import TrainerConfig
+from cptjob_trainer.errors import (
+    CheckpointError,
+    DataError,
+    MismatchError,
+    MissingInputError,
+    OutputError,
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -19,11 +26,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--to", required=True, type=Path, help="directory to make")
     options = parser.parse_args(arguments)
     with termination.guard():
-        _export(AcceptedConfig.load(options.config), options.step, options.to)
+        _export(presets.load(options.config), options.step, options.to)
 
 
-def _export(config: AcceptedConfig, step: int, target: Path) -> None:
+def _export(config: TrainerConfig, step: int, target: Path) -> None:
     checkpoint = find(config.paths.output / "checkpoints", step)
+    check_run(checkpoint, config)
     check_target(target)
     manifest = read_whole(checkpoint)
 
@@ -48,10 +56,7 @@ def find(checkpoints: Path, step: int) -> Path:
         raise MissingInputError(
             f"{checkpoints}: there is no such folder; give the --output of a run that has saved"
         )
-    try:
-        scan = checkpoint_folder.scan(checkpoints)
-    except CheckpointError as error:
-        raise DataError(f"{checkpoints}: {error}") from error
+    scan = _scan(checkpoints)
     stored = sorted(scan.counted, key=lambda each: each.order)
     if found := [each.path for each in stored if each.step == step]:
         return found[-1]
@@ -60,6 +65,28 @@ def find(checkpoints: Path, step: int) -> Path:
             raise _broken(path, reason)
     steps = ", ".join(str(each) for each in sorted({each.step for each in stored})) or "none"
     raise MissingInputError(f"{checkpoints} has no checkpoint of step {step}; it has: {steps}")
+
+
+def _scan(checkpoints: Path) -> checkpoint_folder.Scan:
+    try:
+        return checkpoint_folder.scan(checkpoints)
+    except CheckpointError as error:
+        raise DataError(f"{checkpoints}: {error}") from error
+
+
+def check_run(checkpoint: Path, config: TrainerConfig) -> None:
+    """Refuse a manifest with another base or adapter than the checkpoint's: its model would be
+    neither. Other settings may have changed since. Raises MismatchError.
+    """
+    stored = next(each for each in _scan(checkpoint.parent).counted if each.path == checkpoint)
+    model = modeldir.check_model(config.model.path).fingerprint
+    ours = lineage.of_model(config, model)
+    theirs = {key: value for key, value in stored.lineage.items() if key in ours}
+    if theirs != ours:
+        told = checkpoint_folder.mismatch(
+            replace(stored, lineage=theirs), ours, lineage.inputs(config)
+        )
+        raise MismatchError(f"{told}. Export with the manifest of that run")
 
 
 def read_whole(checkpoint: Path) -> dict[str, Any]:

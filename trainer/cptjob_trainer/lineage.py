@@ -10,6 +10,9 @@ from cptjob_trainer.errors import MismatchError
 if TYPE_CHECKING:
     from cptjob_trainer.prepared import Prepared
 
+#: What decides, by method, how the trained tensors are put together.
+_ADAPTER = {"Full": (), "LoRA": ("training.lora",)}
+
 
 def lineage(config: TrainerConfig, prepared: "Prepared") -> dict[str, Any]:
     """All of it, under the names of the checkpoint's manifest."""
@@ -55,6 +58,13 @@ def check_before_preparing(config: TrainerConfig) -> None:
     unknown = {key: newest.lineage[key] for key in ("data", "totalSteps") if key in newest.lineage}
     if newest.lineage != known | unknown:
         raise refused(newest, known | unknown, inputs(config))
+
+
+def of_model(config: TrainerConfig, model_fingerprint: str) -> dict[str, Any]:
+    """Those parts without which a checkpoint's tensors make no model: the base and the adapter."""
+    every = _before_preparing(config, model_fingerprint)
+    names = ["model", "training.method"]
+    return {name: every[name] for name in (*names, *_ADAPTER[config.training.method])}
 
 
 def _before_preparing(config: TrainerConfig, model_fingerprint: str) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def check(
     """
     model = _checked_model(config)
     with tempfile.TemporaryDirectory(prefix="cptjob-check-") as scratch:
-        tokenizer.load(model.path, Path(scratch))
+        _prompt(config, tokenizer.load(model.path, Path(scratch)), model, [])
     corpus = Corpus(config)
     reading = lambda done, total: report("Validating", done, total)  # noqa: E731
     with packing.Trial(model.path) if weights else nullcontext() as trial:
@@ -162,6 +162,11 @@ def _prompt(
     if prompt is None:
         return ()
     ids = tokenizer.prompt_ids(info, model.path, prompt, warn)
+    if ids and model.vocab_size is not None and max(ids) >= model.vocab_size:
+        raise DataError(
+            f"{model.path}: the system prompt holds token {max(ids)}, and the model's vocabulary has "
+            f"{model.vocab_size}; copy chat template and tokenizer that belong to the model"
+        )
     # Says early that a prompt is too long.
     Layout(config.training.max_length, True, ids, info.bos_id is not None)
     return ids
@@ -297,6 +302,12 @@ def _entry(given: Given, part: Part) -> dict[str, Any]:
     }
 
 
+def _pad_id(made: _Made) -> int:
+    """An added padding token often lies beyond the vocabulary; it is never a target, so any will do."""
+    size = made.model.vocab_size
+    return made.info.pad_id if size is None or made.info.pad_id < size else made.info.eos_id
+
+
 def _described(
     made: _Made, sources: list[dict[str, Any]], heldout: list[dict[str, Any]]
 ) -> dict[str, Any]:
@@ -320,7 +331,7 @@ def _described(
         "maxLength": made.layout.max_length,
         "promptIds": list(made.layout.prompt),
         "bos": made.layout.bos,
-        "padId": made.info.pad_id,
+        "padId": _pad_id(made),
         "vocabSize": made.model.vocab_size or made.info.size,
         "dtype": made.info.dtype,
         "quotas": list(quotas.values()),
