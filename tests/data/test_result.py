@@ -68,3 +68,13 @@ def test_the_manifest_names_the_version_that_made_it(
 ) -> None:
     value = manifest(*trained, LoopState(), BASE, 1)
     assert value["software"]["cptjob"] == version("cptjob")
+
+
+def test_the_manifest_says_where_each_data_set_was_and_which_version(
+    trained: tuple[TrainerConfig, Prepared],
+) -> None:
+    config, prepared = trained
+    dated = [each.model_copy(update={"version": "7"}) for each in config.datasets]
+    config = config.model_copy(update={"datasets": tuple(dated)})
+    sources = manifest(config, prepared, LoopState(), BASE, 1)["data"]["sources"]
+    assert [(each["uri"], each["version"]) for each in sources] == [("pvc://c", "7")] * 2

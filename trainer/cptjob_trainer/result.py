@@ -91,7 +91,7 @@ def manifest(
     """What was made, from what, with what: everything but the files, which are digested last."""
     bases = {f"heldout_{role.lower()}_loss_base": loss for role, loss in base.by_role.items()}
     metrics = finite(bases | state.heldout)
-    weights = {dataset.name: dataset.weight for dataset in config.datasets}
+    given = {dataset.name: dataset for dataset in config.datasets}
     return {
         "version": 1,
         "jobName": config.name,
@@ -105,11 +105,13 @@ def manifest(
             "sources": [
                 {
                     "name": source.name,
+                    "version": given[source.name].version,
+                    "uri": given[source.name].uri,
                     "role": source.role,
                     "documents": source.documents,
                     "tokens": source.tokens,
                     "rows": source.rows(),
-                    "weight": weights.get(source.name),
+                    "weight": given[source.name].weight,
                     "quota": quota,
                 }
                 for source, quota in zip(prepared.sources, prepared.quotas, strict=True)
