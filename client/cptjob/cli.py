@@ -8,6 +8,7 @@ import is imported by the command that needs it.
 import contextlib
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import traceback
@@ -19,6 +20,7 @@ import click
 
 from cptjob.cluster_cli import COMMANDS
 from cptjob_trainer.errors import CPTJobError, MissingInputError, UsageError
+from cptjob_trainer.lifeline import PARENT_VARIABLE
 
 if TYPE_CHECKING:
     from cptjob.jobs import LocalJob
@@ -287,7 +289,14 @@ def _run_module(module: str, job: "LocalJob", *arguments: str) -> int:
 
 def _call(module: str, *arguments: str, given: str | None = None) -> int:
     command = [sys.executable, "-m", f"cptjob_trainer.{module}", *arguments]
-    return subprocess.run(command, input=given, text=True, check=False).returncode
+    environment = os.environ | {PARENT_VARIABLE: str(os.getpid())}
+    # Ctrl-C reaches the command as well, which ends in its own words; this one waits for it.
+    before = signal.signal(signal.SIGINT, lambda number, frame: None)
+    try:
+        done = subprocess.run(command, input=given, text=True, env=environment, check=False)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    return done.returncode
 
 
 for each in COMMANDS:

@@ -33,6 +33,7 @@ from cptjob.live import LiveDisplay
 from cptjob_trainer import lineage, output_folder
 from cptjob_trainer.config import TrainerConfig
 from cptjob_trainer.errors import OutputBusyError, OutputError, StorageFullError
+from cptjob_trainer.lifeline import PARENT_VARIABLE
 
 COORDINATOR = "coordinator"
 TRAINER = "trainer"
@@ -41,7 +42,6 @@ STOPPED = 143
 KILLED = 130
 
 # Names that the processes of a job know: see cptjob_trainer.lifeline, .termination, .coordinator.
-_PARENT_VARIABLE = "CPTJOB_PARENT_PID"
 _TERMINATION_VARIABLE = "CPTJOB_TERMINATION_LOG"
 _HTTP_FILE = "http.address"
 _STORE_FILE = "store.address"
@@ -74,7 +74,7 @@ def app(config: TrainerConfig, config_path: Path, run: Path, parent: int) -> App
             entrypoint=sys.executable,
             args=["-m", f"cptjob_trainer.{module}", "--config", str(config_path), *arguments],
             env={
-                _PARENT_VARIABLE: str(parent),
+                PARENT_VARIABLE: str(parent),
                 _TERMINATION_VARIABLE: str(_termination_path(run, name)),
             },
             num_replicas=1,

@@ -1,12 +1,13 @@
 """Writes a checkpoint as a model directory: `python -m cptjob_trainer.export --config C --step N`."""
 
 import argparse
+import signal
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cptjob_trainer import checkpoint_folder, lineage, modeldir, presets, termination
+from cptjob_trainer import checkpoint_folder, lifeline, lineage, modeldir, presets, termination
 from cptjob_trainer.checkpoint_manifest import faults, read_manifest
 from cptjob_trainer.config import TrainerConfig
 from cptjob_trainer.errors import (
@@ -25,6 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--step", required=True, type=int, help="step of the checkpoint")
     parser.add_argument("--to", required=True, type=Path, help="directory to make")
     options = parser.parse_args(arguments)
+    lifeline.follow_parent(signal.SIGTERM)
     with termination.guard():
         _export(presets.load(options.config), options.step, options.to)
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from cptjob_trainer import (
     advice,
     failpoints,
     known_files,
+    lifeline,
     modeldir,
     output_folder,
     packing,
@@ -28,6 +30,7 @@ from cptjob_trainer import (
     request,
     shares,
     tables,
+    termination,
     tokenizer,
     unfinished,
 )
@@ -414,16 +417,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        config = presets.load(options.config)
-        if options.check_only:
-            print(_summary_of_check(check(config, _print_progress, weights=True)))
-        else:
-            print(_summary(prepare(config, _print_progress)))
+        with _stoppable() as stop:
+            config = presets.load(options.config)
+            if options.check_only:
+                done = check(config, _print_progress, stop=stop, weights=True)
+                print(_summary_of_check(done))
+            else:
+                print(_summary(prepare(config, _print_progress, stop=stop)))
     except CPTJobError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         return error.exit_code
     return 0
+
+
+@contextmanager
+def _stoppable() -> Iterator[Callable[[], bool]]:
+    """Whether to stop: after Ctrl-C, SIGTERM, or the end of the process that started this one."""
+    asked: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {each: signal.signal(each, lambda number, _: asked.append(number)) for each in numbers}
+    try:
+        if not lifeline.follow_parent(signal.SIGTERM):
+            asked.append(signal.SIGTERM)
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _print_progress(what: str, done: int, total: int) -> None:
@@ -458,4 +478,5 @@ def _summary_of_check(checked: Checked) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with termination.guard():
+        sys.exit(main())

@@ -19,6 +19,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from multiprocessing import get_context
@@ -326,7 +327,8 @@ def _in_pool(
         while yielded < len(chunks):
             # A window: futures of a huge corpus are not all made at once.
             while submitted < len(chunks) and len(waiting) < 2 * processes:
-                waiting[pool.submit(process, chunks[submitted], options)] = submitted
+                with _ctrl_c_held_back():  # a worker may be started here, and inherits it
+                    waiting[pool.submit(process, chunks[submitted], options)] = submitted
                 submitted += 1
             ready, _ = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
             for future in ready:
@@ -356,6 +358,16 @@ def _end(pool: ProcessPoolExecutor) -> None:
         worker.terminate()
     for worker in workers:
         worker.join()
+
+
+@contextmanager
+def _ctrl_c_held_back() -> Iterator[None]:
+    """A worker that is met while it imports would end with a traceback."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _enter_worker(parent: int) -> None:
