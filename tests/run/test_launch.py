@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from cptjob_trainer import launch
+from cptjob_trainer.errors import CoordinatorLostError
 
 MakeJob = Callable[..., Any]
 
@@ -189,7 +190,7 @@ def test_a_coordinator_that_goes_just_before_the_gang_meets_is_lost_and_no_fault
     # The store answers still; a connection of our own, which tells our address, is refused.
     monkeypatch.setattr(socket, "create_connection", refuse)
     options = argparse.Namespace(run_id="run", entrypoint="", config=made.config_path)
-    with pytest.raises(launch.CoordinatorLostError, match=r"is gone.*again to continue"):
+    with pytest.raises(CoordinatorLostError, match=r"is gone.*again to continue"):
         launch._run_agent(options, made.config, 2, 1, made.address)
 
 

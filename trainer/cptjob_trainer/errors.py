@@ -8,6 +8,8 @@
     ├── OutputError             73  the output cannot be created or written
     │   └── StorageFullError    74  the output's storage is full
     ├── CheckpointError         75  a checkpoint cannot be read or written
+    ├── CoordinatorLostError    75  the coordinator went away while the job ran
+    ├── GangError               75  the launchers of the job did not come together
     ├── OutputBusyError         75  another job holds the output
     ├── RankLostError           75  another process of the run is gone; it knows why
     ├── TooLongError            75  what was waited for did not come in time
@@ -123,6 +125,18 @@ class CheckpointError(CPTJobError):
 
 class OutputBusyError(CPTJobError):
     """Another live job holds the output."""
+
+    exit_code = 75
+
+
+class CoordinatorLostError(CPTJobError):
+    """The coordinator, and the store it hosts, went away while the job ran."""
+
+    exit_code = 75
+
+
+class GangError(CPTJobError):
+    """The launchers of the job did not come together."""
 
     exit_code = 75
 

@@ -21,7 +21,12 @@ from typing import TYPE_CHECKING, NoReturn
 
 from cptjob_trainer import forkserver, lifeline, temporary, termination
 from cptjob_trainer.config import AcceptedConfig
-from cptjob_trainer.errors import CPTJobError, Stopped, UsageError
+from cptjob_trainer.errors import (
+    CoordinatorLostError,
+    GangError,
+    Stopped,
+    UsageError,
+)
 from cptjob_trainer.locks import OutputLock
 from cptjob_trainer.termination import STOPPED, Termination
 
@@ -35,18 +40,6 @@ ENTRYPOINT = "cptjob_trainer.worker:main"
 #: How long launchers wait for the others of the gang.
 JOIN_SECONDS = 600
 STORE_TIMEOUT_SECONDS = 15.0
-
-
-class CoordinatorLostError(CPTJobError):
-    """The coordinator, and the store it hosts, went away while the job ran."""
-
-    exit_code = 75
-
-
-class GangError(CPTJobError):
-    """The launchers of the job did not come together."""
-
-    exit_code = 75
 
 
 def main(arguments: list[str] | None = None) -> None:

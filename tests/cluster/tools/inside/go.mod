@@ -2,6 +2,11 @@ module cptjob/tests/cluster/tools/inside
 
 go 1.26.0
 
+tool (
+	cptjob/tests/cluster/tools/inside/coredns
+	cptjob/tests/cluster/tools/inside/pause
+)
+
 require github.com/coredns/coredns v1.14.1
 
 require (
