@@ -13,6 +13,7 @@ from kubernetes.aio import client, config
 
 from cptjob import logs
 from cptjob.logs import LogLine
+from cptjob.standing import ENDED, is_true
 from cptjob_api.conditions import Condition
 from cptjob_api.job import GROUP, PLURAL, VERSION, CPTJob
 from cptjob_trainer.errors import (
@@ -25,8 +26,6 @@ from cptjob_trainer.errors import (
 
 Object = dict[str, Any]
 
-#: These are never taken back.
-ENDED = (Condition.COMPLETE, Condition.FAILED)
 #: A job with one of these changes only when somebody changes something.
 RESTS = (*ENDED, Condition.STALLED)
 
@@ -292,17 +291,6 @@ class AsyncClient:
             )
         message = str(said.get("message") or error.reason or error)
         return RefusedError(message) if error.status == 422 else ClusterError(message)
-
-
-def is_true(job: CPTJob, kind: Condition) -> bool:
-    """Whether a condition of the job is True, of the spec as it is now."""
-    if job.status is None:
-        return False
-    found = job.status.condition(kind)
-    if found is None or found.status != "True":
-        return False
-    # Complete and Failed are for ever; the others may speak of an older spec.
-    return kind in ENDED or job.status.observed_generation == job.metadata.generation
 
 
 def _job(document: Object) -> CPTJob:

@@ -165,7 +165,7 @@ def _follow(cluster: "Client", name: str) -> int:
 
 
 def _is_complete(job: "CPTJob") -> bool:
-    from cptjob.cluster import is_true
+    from cptjob.standing import is_true
 
     return is_true(job, Condition.COMPLETE)
 

@@ -118,6 +118,7 @@ def estimate(
     shape = Shape.read(config.model.path)
     rows = count_rows(config, shape)
     steps = shares.steps(rows.total, training.global_batch_size, training.max_steps)
+    drawn = shares.drawn(rows.total, training.global_batch_size, steps) / rows.total
     count = config.processes.world_size
     needs = demand(config, shape, count)
     room = None if device is None else find_device(device).memory
@@ -126,7 +127,7 @@ def estimate(
         shape=shape,
         rows=rows,
         steps=steps,
-        tokens=round(rows.tokens * min(1.0, steps * training.global_batch_size / rows.total)),
+        tokens=round(rows.tokens * drawn),
         devices=count,
         memory=needs.memory(recomputed=recomputed),
         recomputed=recomputed,

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import aiohttp
 from kubernetes.aio import client
 
-from cptjob_api.conditions import Condition
+from cptjob.standing import ENDED, is_true
 from cptjob_api.job import GROUP, CPTJob
 from cptjob_trainer.errors import MissingInputError
 
@@ -119,12 +119,7 @@ async def _has_ended(cluster: Cluster, name: str) -> bool:
         job = await cluster.get(name)
     except MissingInputError:
         return True
-    conditions = (
-        [job.status.condition(kind) for kind in (Condition.COMPLETE, Condition.FAILED)]
-        if (job.status)
-        else []
-    )
-    return any(each is not None and each.status == "True" for each in conditions)
+    return any(is_true(job, kind) for kind in ENDED)
 
 
 async def _pass_on(

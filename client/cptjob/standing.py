@@ -10,7 +10,20 @@ from cptjob_api.job import CPTJob
 from cptjob_api.status import CPTJobStatus
 from cptjob_trainer.narrator import describe
 
+#: These are never taken back.
+ENDED = (Condition.COMPLETE, Condition.FAILED)
 _COLUMNS = ("NAME", "STATE", "NODES", "STEP", "PROGRESS", "CHECKPOINT", "RESTARTS", "AGE")
+
+
+def is_true(job: CPTJob, kind: Condition) -> bool:
+    """Whether a condition of the job is True, of the spec as it is now."""
+    if job.status is None:
+        return False
+    found = job.status.condition(kind)
+    if found is None or found.status != "True":
+        return False
+    # Complete and Failed are for ever; the others may speak of an older spec.
+    return kind in ENDED or job.status.observed_generation == job.metadata.generation
 
 
 def table(jobs: Iterable[CPTJob], now: datetime | None = None) -> str:

@@ -38,14 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session", name="report")
 def make_report(pytestconfig: pytest.Config) -> binaries.Report:
-    """Prints at once, past pytest's capture: a build takes minutes."""
-    capture = pytestconfig.pluginmanager.getplugin("capturemanager")
-
-    def report(line: str) -> None:
-        with capture.global_and_fixture_disabled():
-            binaries.to_stderr(line)
-
-    return report
+    return binaries.past_capture(pytestconfig.pluginmanager.getplugin("capturemanager"))
 
 
 @pytest.fixture(scope="session", name="audit")

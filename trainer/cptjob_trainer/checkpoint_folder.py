@@ -163,7 +163,7 @@ def scan(directory: Path, known: dict[Path, Stored] | None = None) -> Scan:
         if not _DIRECTORY.fullmatch(path.name) or not is_complete(path):
             continue
         try:
-            stored = known[path] = known.get(path) or _stored(path)
+            stored = known[path] = known.get(path) or read_stored(path)
         except CheckpointError as error:
             found.broken.append((path, str(error)))
             continue
@@ -172,7 +172,8 @@ def scan(directory: Path, known: dict[Path, Stored] | None = None) -> Scan:
     return found
 
 
-def _stored(path: Path) -> Stored:
+def read_stored(path: Path) -> Stored:
+    """The checkpoint in a directory of its own. Raises CheckpointError."""
     manifest = read_manifest(path)
     return Stored(
         path,

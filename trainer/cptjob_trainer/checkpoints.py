@@ -103,7 +103,7 @@ class Checkpoints:
         self._inputs = dict(inputs or {})
         self._keep_last = keep_last
         self._on_mismatch = on_mismatch
-        self._ranks = Ranks(rank, world)
+        self.ranks = Ranks(rank, world)
         self._generation = 0
         self._latest: Saved | None = None
         self._skipped: list[Path] = []
@@ -119,18 +119,18 @@ class Checkpoints:
         when another process takes over at this moment, OutputError when the folder cannot be used.
         """
         self.warnings, self._skipped = [], []
-        found = self._ranks.once(self._survey)
+        found = self.ranks.once(self._survey)
         self.warnings.extend(found["warnings"])
         candidates = [Path(path) for path in found["candidates"]]
         chosen = self._first_good(candidates)
-        self._generation = self._ranks.once(lambda: self._claim(chosen, found["generation"]))
-        self.warnings.extend(self._ranks.once(self._clean))
+        self._generation = self.ranks.once(lambda: self._claim(chosen, found["generation"]))
+        self.warnings.extend(self.ranks.once(self._clean))
         unusable = bool(self._skipped or found["broken"])
         if chosen is not None:
             self._latest = Saved(chosen.step, chosen.path, 0.0, chosen.bytes)
             if not unusable:
                 # A death after the last save may have left more than is wanted, and no save follows.
-                self._ranks.once(self.retain)
+                self.ranks.once(self.retain)
         elif unusable:
             self.warnings.append("no checkpoint can be used: training begins at step 0")
         return chosen
@@ -166,7 +166,7 @@ class Checkpoints:
 
     def _first_good(self, candidates: list[Path]) -> Resume | None:
         for path in candidates:
-            manifest = self._ranks.once(partial(read_manifest, path))
+            manifest = self.ranks.once(partial(read_manifest, path))
             wrong = self._verify(path, manifest)
             if not wrong:
                 return _resume(path, manifest)
@@ -176,8 +176,8 @@ class Checkpoints:
 
     def _verify(self, path: Path, manifest: dict[str, Any]) -> list[str]:
         """What is wrong with a checkpoint's files; each rank looks at its share of them."""
-        names = sorted(manifest["files"])[self._ranks.rank :: self._ranks.world]
-        reports = self._ranks.each(lambda: faults(path, manifest, names))
+        names = sorted(manifest["files"])[self.ranks.rank :: self.ranks.world]
+        reports = self.ranks.each(lambda: faults(path, manifest, names))
         return [fault for report in reports for fault in report]
 
     def _claim(self, chosen: Resume | None, newest: int) -> int:
@@ -208,9 +208,9 @@ class Checkpoints:
         """
         failpoints.hit("checkpoint.load")
         state = dict(tensors)
-        manifest: dict[str, Any] = self._ranks.once(lambda: read_manifest(resume.path))
-        self._ranks.each(lambda: dcp.check_fit(resume.path, manifest["tensors"], state))
-        self._ranks.each(lambda: dcp.read(resume.path, manifest, state))
+        manifest: dict[str, Any] = self.ranks.once(lambda: read_manifest(resume.path))
+        self.ranks.each(lambda: dcp.check_fit(resume.path, manifest["tensors"], state))
+        self.ranks.each(lambda: dcp.read(resume.path, manifest, state))
 
     # -- saving ------------------------------------------------------------------------------------
 
@@ -232,21 +232,21 @@ class Checkpoints:
         index = self.write(path, staged)
         size = self.publish(path, step, index, loop_state)
         self._latest = Saved(step, path, time.monotonic() - began, size)
-        self._ranks.once(self.retain)
+        self.ranks.once(self.retain)
         return self._latest
 
     def stage(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """This rank's share of `tensors`. Saving while training waits needs no copy of it."""
         failpoints.hit("checkpoint.stage")
-        self._ranks.each(lambda: dcp.check_savable(tensors))
-        return dcp.share(tensors, self._ranks.rank, self._ranks.world)
+        self.ranks.each(lambda: dcp.check_savable(tensors))
+        return dcp.share(tensors, self.ranks.rank, self.ranks.world)
 
     def write(self, path: Path, staged: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Write every rank's share into `path`; the index of what was written."""
-        needed = sum(self._ranks.gather(dcp.local_bytes(staged)))
-        self._ranks.once(lambda: self._make_room(path, needed))
-        reports = self._ranks.gather(dcp.write(path, staged, self._ranks.rank))
-        self._ranks.once(lambda: self._check_written(path, needed, reports))
+        needed = sum(self.ranks.gather(dcp.local_bytes(staged)))
+        self.ranks.once(lambda: self._make_room(path, needed))
+        reports = self.ranks.gather(dcp.write(path, staged, self.ranks.rank))
+        self.ranks.once(lambda: self._check_written(path, needed, reports))
         failpoints.hit("checkpoint.written")
         return dcp.join(report["index"] for report in reports)
 
@@ -254,7 +254,7 @@ class Checkpoints:
         self, path: Path, step: int, index: dict[str, Any], loop_state: dict[str, Any]
     ) -> int:
         """Make what was written in `path` the checkpoint of `step`; its size in bytes."""
-        size: int = self._ranks.once(lambda: self._publish(path, step, index, loop_state))
+        size: int = self.ranks.once(lambda: self._publish(path, step, index, loop_state))
         return size
 
     def retain(self) -> None:
@@ -314,7 +314,7 @@ class Checkpoints:
             "generation": self._generation,
             "uid": self._uid,
             "time": generations.now(),
-            "world": self._ranks.world,
+            "world": self.ranks.world,
             "software": software(),
             "lineage": self._lineage,
             "inputs": self._inputs,

@@ -58,7 +58,10 @@ def find(checkpoints: Path, step: int) -> Path:
         raise MissingInputError(
             f"{checkpoints}: there is no such folder; give the --output of a run that has saved"
         )
-    scan = _scan(checkpoints)
+    try:
+        scan = checkpoint_folder.scan(checkpoints)
+    except CheckpointError as error:
+        raise DataError(f"{checkpoints}: {error}") from error
     stored = sorted(scan.counted, key=lambda each: each.order)
     if found := [each.path for each in stored if each.step == step]:
         return found[-1]
@@ -69,18 +72,11 @@ def find(checkpoints: Path, step: int) -> Path:
     raise MissingInputError(f"{checkpoints} has no checkpoint of step {step}; it has: {steps}")
 
 
-def _scan(checkpoints: Path) -> checkpoint_folder.Scan:
-    try:
-        return checkpoint_folder.scan(checkpoints)
-    except CheckpointError as error:
-        raise DataError(f"{checkpoints}: {error}") from error
-
-
 def check_run(checkpoint: Path, config: TrainerConfig) -> None:
     """Refuse a manifest with another base or adapter than the checkpoint's: its model would be
     neither. Other settings may have changed since. Raises MismatchError.
     """
-    stored = next(each for each in _scan(checkpoint.parent).counted if each.path == checkpoint)
+    stored = checkpoint_folder.read_stored(checkpoint)
     model = modeldir.check_model(config.model.path).fingerprint
     ours = lineage.of_model(config, model)
     theirs = {key: value for key, value in stored.lineage.items() if key in ours}

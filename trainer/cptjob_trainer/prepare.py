@@ -357,8 +357,7 @@ def _counts(
 ) -> advice.Counts:
     training = made.config.training
     rows = sum(quotas.values())
-    # maxSteps may leave some of the rows.
-    drawn = min(1.0, steps * training.global_batch_size / rows)
+    drawn = shares.drawn(rows, training.global_batch_size, steps) / rows
     roles, measured = ({entry["role"] for entry in entries} for entries in (sources, heldout))
     return advice.Counts(
         packed=made.layout.packed,

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from cptjob_trainer import shares
 from cptjob_trainer.disk import is_missing, unreadable
 from cptjob_trainer.errors import CPTJobError, DataError, Fault
 from cptjob_trainer.mix import Mix
@@ -54,7 +55,7 @@ class Prepared:
 
     def drawn(self, global_batch: int) -> int:
         """Rows that the job trains on: all, but for those that maxSteps cuts off."""
-        return min(self.total_rows, self.total_steps * global_batch)
+        return shares.drawn(self.total_rows, global_batch, self.total_steps)
 
     def mix(self, seed: int) -> Mix:
         """The order of the training rows."""

@@ -114,6 +114,11 @@ def _round(value: Fraction) -> int:
     return int(value + Fraction(1, 2))
 
 
+def drawn(total_rows: int, batch: int, steps: int) -> int:
+    """Rows that `steps` train on: all, but for those that maxSteps cuts off."""
+    return min(total_rows, steps * batch)
+
+
 def steps(total_rows: int, batch: int, max_steps: int | None) -> int:
     """Steps that see `total_rows` in batches, the last of which may be short."""
     whole = -(-total_rows // batch)

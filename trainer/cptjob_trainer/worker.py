@@ -29,7 +29,6 @@ from cptjob_trainer.loop import Trainer
 from cptjob_trainer.metrics import MetricsLog
 from cptjob_trainer.model import plain_name
 from cptjob_trainer.prepared import Prepared, load_prepared
-from cptjob_trainer.ranks import Ranks
 from cptjob_trainer.reporter import STORE_VARIABLE
 from cptjob_trainer.runtime import Runtime
 from cptjob_trainer.state import LoopState
@@ -105,7 +104,7 @@ def _train(config: TrainerConfig, prepared: Prepared, runtime: Runtime, stop: St
     components = assemble(config, prepared, runtime)
     checkpoints, reporter = components.checkpoints, components.reporter
     node = os.environ.get(NODE_VARIABLE) or socket.gethostname()
-    reporter.nodes(Ranks(runtime.rank, runtime.world).gather(node))
+    reporter.nodes(checkpoints.ranks.gather(node))
     resume = checkpoints.open()
     _warn(checkpoints.warnings, runtime)
     base, seconds = _base_losses(components, prepared)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 TOOLS = Path(__file__).parents[1] / "tools"
 ASSETS = "KUBEBUILDER_ASSETS"
@@ -131,6 +132,19 @@ REAL_NODES = ("node", "inside")
 
 def to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def past_capture(capture: Any) -> Report:
+    """Prints at once, past pytest's capture: a build takes minutes.
+
+    capture: pytest's plugin `capturemanager`.
+    """
+
+    def report(line: str) -> None:
+        with capture.global_and_fixture_disabled():
+            to_stderr(line)
+
+    return report
 
 
 def find(

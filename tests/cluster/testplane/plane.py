@@ -19,13 +19,13 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import trustme
 
 from testplane import binaries
 from testplane.daemon import Daemon, DaemonError
+from testplane.lifespan import Lifespan
 from testplane.ports import free_ports
 
 READY_SECONDS = 120.0  # a limit for a loaded machine, no measure
@@ -44,7 +44,7 @@ class KubectlError(Exception):
     """kubectl failed; the message is what it said."""
 
 
-class ControlPlane:
+class ControlPlane(Lifespan):
     """One control plane; `start` and `stop`, or a with statement.
 
     folder: gets logs, keys, kubeconfig and (until `stop`) etcd's data.
@@ -76,22 +76,6 @@ class ControlPlane:
         self.url = ""
 
     # --- life ---
-
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.stop()
 
     def start(self) -> None:
         """Returns when jobs can be applied and pods get nodes. Raises DaemonError."""

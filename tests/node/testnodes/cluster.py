@@ -4,14 +4,14 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from testnodes import images
 from testnodes.machine import HERE, make_bridge
 from testnodes.node import DOMAIN, Node
 from testplane import binaries
 from testplane.daemon import Daemon
+from testplane.lifespan import Lifespan
 from testplane.plane import ControlPlane
 
 POOL = "training.cptjob.io/pool"
@@ -30,7 +30,7 @@ COREFILE = f"""\
 """
 
 
-class Cluster:
+class Cluster(Lifespan):
     """A control plane and nodes; a with statement starts and stops it.
 
     names: of the nodes. grace_seconds: a node that is silent for this long becomes NotReady.
@@ -55,22 +55,6 @@ class Cluster:
             )
             for number, name in enumerate(names, 1)
         }
-
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.stop()
 
     def start(self) -> None:
         """Returns when every node is Ready."""

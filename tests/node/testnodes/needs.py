@@ -19,7 +19,6 @@ NEEDS = {
     "debootstrap": "debootstrap",
 }
 FREE_GB = 25  # the images in buildah's store, once in containerd's, and on the way between them
-RESULT_GB = 8
 
 
 class NeedError(Exception):
