@@ -20,7 +20,7 @@ from pathlib import Path
 import results
 import torch
 
-from cptjob_trainer.checkpoints import Checkpoints
+from cptjob_trainer.checkpoint.checkpoints import Checkpoints
 
 # What the figures are of.
 FILES = [

@@ -33,7 +33,7 @@ def ours(model: Path, data: Path, scratch: Path) -> dict[str, float]:
     import jobs
 
     from cptjob_trainer.config import Paths
-    from cptjob_trainer.prepare import prepare
+    from cptjob_trainer.data.prepare import prepare
 
     config = jobs.make(model, data, Paths(output=scratch), LENGTH, batch=8)
     figures = {}

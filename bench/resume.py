@@ -35,7 +35,7 @@ def prepared_data(model: Path, data: Path, output: Path) -> Path:
     import jobs
 
     from cptjob_trainer.config import Paths, ValidationInput
-    from cptjob_trainer.prepare import prepare
+    from cptjob_trainer.data.prepare import prepare
 
     config = jobs.make(model, data, Paths(output=output), LENGTH, BATCH, epochs=3).model_copy(
         update={"validation": ValidationInput(split_percent=0.0)}
@@ -46,7 +46,7 @@ def prepared_data(model: Path, data: Path, output: Path) -> Path:
 
 def rows_arm(prepared: Path, _config: Path, place: float) -> float:
     """Seconds to open the data and read the rows of one step."""
-    from cptjob_trainer.prepared import load_prepared
+    from cptjob_trainer.data.prepared import load_prepared
 
     start = time.perf_counter()
     data = load_prepared(prepared)
@@ -60,10 +60,10 @@ def rows_arm(prepared: Path, _config: Path, place: float) -> float:
 
 def step_arm(prepared: Path, config: Path, place: float) -> float:
     """Seconds until the trainer has finished a step."""
-    from cptjob_trainer import worker
-    from cptjob_trainer.loop import Trainer
-    from cptjob_trainer.prepared import load_prepared
-    from cptjob_trainer.state import LoopState
+    from cptjob_trainer.checkpoint.state import LoopState
+    from cptjob_trainer.data.prepared import load_prepared
+    from cptjob_trainer.run import worker
+    from cptjob_trainer.training.loop import Trainer
 
     class Done(Exception):
         pass

@@ -26,8 +26,8 @@ import jobs
 import results
 
 from cptjob_trainer.config import Paths, ResolvedSchedule, TrainerConfig
-from cptjob_trainer.prepare import prepare
-from cptjob_trainer.prepared import Prepared
+from cptjob_trainer.data.prepare import prepare
+from cptjob_trainer.data.prepared import Prepared
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = "HF as it comes"

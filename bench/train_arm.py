@@ -21,15 +21,15 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
-from cptjob_trainer.batch import Batch
-from cptjob_trainer.components import assemble, make_batcher
+from cptjob_trainer.checkpoint.state import LoopState
 from cptjob_trainer.config import TrainerConfig
-from cptjob_trainer.loop import Trainer
-from cptjob_trainer.loss import IGNORE
-from cptjob_trainer.metrics import MetricsLog
-from cptjob_trainer.prepared import Prepared, load_prepared
+from cptjob_trainer.data.batch import Batch
+from cptjob_trainer.data.prepared import Prepared, load_prepared
+from cptjob_trainer.model.loss import IGNORE
 from cptjob_trainer.runtime import Runtime
-from cptjob_trainer.state import LoopState
+from cptjob_trainer.training.components import assemble, make_batcher
+from cptjob_trainer.training.loop import Trainer
+from cptjob_trainer.training.metrics import MetricsLog
 
 
 @dataclass(frozen=True)

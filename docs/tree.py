@@ -22,6 +22,12 @@ PACKAGES = {
     "operator/cptjob_operator/objects",
     "operator/cptjob_operator/plan",
     "trainer/cptjob_trainer",
+    "trainer/cptjob_trainer/checkpoint",
+    "trainer/cptjob_trainer/data",
+    "trainer/cptjob_trainer/model",
+    "trainer/cptjob_trainer/results",
+    "trainer/cptjob_trainer/run",
+    "trainer/cptjob_trainer/training",
 }
 COLUMN = 30
 
@@ -73,8 +79,14 @@ LINES = {
     "tests/run": "coordinator, launcher, stopping, restarts",
     "tests/trainer": "architectures, loss, schedule, the step",
     "trainer": "what runs in a job's pods",
-    "trainer/cptjob_trainer": "the trainer",
-    "trainer/cptjob_trainer/report.html": "the page that report.py fills in",
+    "trainer/cptjob_trainer": "the trainer: its configuration, and what its packages share",
+    "trainer/cptjob_trainer/checkpoint": "checkpoints: saved whole, verified, continued or refused",
+    "trainer/cptjob_trainer/data": "from documents to prepared rows, and which row comes when",
+    "trainer/cptjob_trainer/model": "a model directory, and what is done to a model to train it well",
+    "trainer/cptjob_trainer/results": "what a run leaves: model, manifest, report, exports",
+    "trainer/cptjob_trainer/run": "the processes: coordinator, launcher with its agent, workers",
+    "trainer/cptjob_trainer/training": "the loop, its parts, and what it says while it runs",
+    "trainer/cptjob_trainer/results/report.html": "the page that report.py fills in",
 }
 # Folders whose contents are not worth a line each.
 CLOSED = {"requirements"}

@@ -190,7 +190,7 @@ def validate(
         click.echo(f"{file}: {job.metadata.name} is a valid CPTJob")
         return 0
     loaded = _load(file, output or Path("unused"), volumes, processes)
-    code = _run_module("prepare", loaded, "--check-only")
+    code = _run_module("data.prepare", loaded, "--check-only")
     if code == 0:
         _warn_by_estimate(loaded.config)
     return code
@@ -211,7 +211,7 @@ def prepare(
     file: Path, output: Path | None, volumes: tuple[str, ...], processes: int | None
 ) -> int:
     """Check, tokenise and count the data of the job in FILE, without training."""
-    return _run_module("prepare", _load(file, output, volumes, processes))
+    return _run_module("data.prepare", _load(file, output, volumes, processes))
 
 
 @cli.command()
@@ -254,7 +254,7 @@ def report(out: Path) -> int:
     """Write OUT/report.html again, also while the run goes on."""
     if not out.is_dir():
         raise MissingInputError(f"{out}: there is no such output directory")
-    return _call("report", str(out))
+    return _call("results.report", str(out))
 
 
 @cli.command()
@@ -277,7 +277,7 @@ def export(
     """Write a checkpoint of the job in FILE as a model directory."""
     job = _load(file, output, volumes, processes)
     target = to or job.config.paths.output / f"model-step-{step}"
-    return _run_module("export", job, "--step", str(step), "--to", str(target.absolute()))
+    return _run_module("results.export", job, "--step", str(step), "--to", str(target.absolute()))
 
 
 def _run_module(module: str, job: "LocalJob", *arguments: str) -> int:

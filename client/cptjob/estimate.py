@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from cptjob_api.facts import ModelFacts
-from cptjob_trainer import advice, devices, documents, model_config, modeldir, request, shares
+from cptjob_trainer import devices
 from cptjob_trainer.config import DatasetInput, TrainerConfig
+from cptjob_trainer.data import advice, documents, request, shares
+from cptjob_trainer.data.shares import Share
 from cptjob_trainer.devices import DEVICES, Demand, Device, Memory
 from cptjob_trainer.errors import DataError, Fault, MissingInputError, UsageError
-from cptjob_trainer.narrator import duration, si
-from cptjob_trainer.shares import Share
+from cptjob_trainer.model import model_config, modeldir
+from cptjob_trainer.training.narrator import duration, si
 from cptjob_trainer.words import counted
 
 # A token has log2(vocabulary) bits, and of English text they stand for about two bits a byte: 2.75

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 
-from cptjob_trainer.narrator import Narrator, describe
+from cptjob_trainer.training.narrator import Narrator, describe
 
 
 class _Console(Console):

@@ -30,7 +30,7 @@ from torchx.schedulers.local_scheduler import CWDImageProvider, LocalScheduler
 from torchx.specs import AppDef, Role
 
 from cptjob.live import LiveDisplay
-from cptjob_trainer import lineage, output_folder
+from cptjob_trainer.checkpoint import lineage, output_folder
 from cptjob_trainer.config import TrainerConfig
 from cptjob_trainer.errors import OutputBusyError, OutputError, StorageFullError
 from cptjob_trainer.lifeline import PARENT_VARIABLE
@@ -87,8 +87,8 @@ def app(config: TrainerConfig, config_path: Path, run: Path, parent: int) -> App
     return AppDef(
         name=config.name,
         roles=[
-            role(COORDINATOR, "coordinator", [*listen, "--address-directory", str(run)]),
-            role(TRAINER, "launch", [*store, *processes]),
+            role(COORDINATOR, "run.coordinator", [*listen, "--address-directory", str(run)]),
+            role(TRAINER, "run.launch", [*store, *processes]),
         ],
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 from cptjob_api.conditions import Condition
 from cptjob_api.job import CPTJob
 from cptjob_api.status import CPTJobStatus
-from cptjob_trainer.narrator import describe
+from cptjob_trainer.training.narrator import describe
 
 #: These are never taken back.
 ENDED = (Condition.COMPLETE, Condition.FAILED)

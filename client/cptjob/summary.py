@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cptjob_trainer import advice, request
 from cptjob_trainer.config import TrainerConfig
+from cptjob_trainer.data import advice, request
 from cptjob_trainer.errors import CPTJobError
 
 # A prompt is so many words, or characters where there are no spaces between words.

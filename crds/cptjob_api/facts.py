@@ -6,9 +6,9 @@ from typing import Any, Self
 
 from pydantic import Field
 
-from cptjob_trainer import model_config, safetensors_header
 from cptjob_trainer.config import Strict
 from cptjob_trainer.errors import DataError, Fault, MissingInputError
+from cptjob_trainer.model import model_config, safetensors_header
 
 
 class ModelFacts(Strict):

@@ -26,7 +26,6 @@ from cptjob_api.spec import (
 )
 from cptjob_api.status import ResolvedStatus
 from cptjob_api.storage import Storage
-from cptjob_trainer import presets
 from cptjob_trainer.config import (
     AcceptedConfig,
     AcceptedTraining,
@@ -48,6 +47,7 @@ from cptjob_trainer.config import (
     rule,
 )
 from cptjob_trainer.errors import ConfigError
+from cptjob_trainer.model import presets
 
 # GPUs of well-known instance types; the platform's settings may add to them.
 INSTANCE_GPUS: dict[str, int] = {

@@ -10,9 +10,9 @@ import pytest
 from cptjob_api.facts import ModelFacts
 from cptjob_api.job import CPTJob
 from cptjob_api.resolve import Resolved, accepted_config, resolve, trainer_config
-from cptjob_trainer import presets
 from cptjob_trainer.config import AcceptedConfig, Processes, TrainerConfig, digest
 from cptjob_trainer.errors import ConfigError
+from cptjob_trainer.model import presets
 
 MakeJob = Callable[..., dict[str, Any]]
 

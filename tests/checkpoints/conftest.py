@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from cptjob_trainer import failpoints
-from cptjob_trainer.checkpoints import Checkpoints
+from cptjob_trainer.checkpoint.checkpoints import Checkpoints
 
 # Threads of a pool do not survive a fork, and nothing here is large enough for a second one.
 torch.set_num_threads(1)

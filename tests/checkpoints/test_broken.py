@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from cptjob_trainer.checkpoint_manifest import seal
+from cptjob_trainer.checkpoint.checkpoint_manifest import seal
 from cptjob_trainer.disk import file_digest
 from cptjob_trainer.errors import CheckpointError, ConfigError, OutputError
 
@@ -234,7 +234,7 @@ def test_a_checkpoint_that_cannot_be_read_at_the_moment_is_not_passed_over(
         return open(path, "rb").read()
 
     with monkeypatch.context() as patch:
-        patch.setattr("cptjob_trainer.checkpoint_manifest.file_digest", digest)
+        patch.setattr("cptjob_trainer.checkpoint.checkpoint_manifest.file_digest", digest)
         patch.setattr(Path, "read_bytes", read)
         with pytest.raises(OutputError, match=f"{file} cannot be read: .* and run again"):
             lab.make(keep_last=1).open()
@@ -254,7 +254,7 @@ def test_a_directory_whose_manifest_cannot_be_looked_for_is_not_removed(
         return look(path, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr("cptjob_trainer.checkpoint_manifest.os.stat", stat)
+        patch.setattr("cptjob_trainer.checkpoint.checkpoint_manifest.os.stat", stat)
         with pytest.raises(OutputError, match=r"step-2\.1/manifest\.json cannot be read: Stale"):
             lab.make().open()
     assert lab.make().open().step == 2

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from cptjob_trainer import export
 from cptjob_trainer.errors import DataError, MismatchError, MissingInputError, OutputError
+from cptjob_trainer.results import export
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_a_target_that_cannot_be_made_is_said_first(tmp_path: Path) -> None:
 
 
 def test_finding_out_needs_no_torch() -> None:
-    program = "import sys, cptjob_trainer.export; print('torch' in sys.modules)"
+    program = "import sys, cptjob_trainer.results.export; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cptjob_trainer import output_folder
+from cptjob_trainer.checkpoint import output_folder
 from cptjob_trainer.config import (
     DatasetInput,
     ModelInput,

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from cptjob_trainer import disk, generations
+from cptjob_trainer import disk
+from cptjob_trainer.checkpoint import generations
 from cptjob_trainer.errors import MismatchError, OutputBusyError, OutputError
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from cptjob_trainer.checkpoint_folder import Stored, mismatch, scan
+from cptjob_trainer.checkpoint.checkpoint_folder import Stored, mismatch, scan
 
 SCHEDULE = {"type": "Cosine", "minLearningRate": 2e-6}
 THEIRS = {

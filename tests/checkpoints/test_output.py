@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from cptjob_trainer import export, output, result
 from cptjob_trainer.errors import OutputError, StorageFullError
+from cptjob_trainer.results import export, output, result
 
 SIZES: dict[str, dict[str, Any]] = {
     "llama": {"hidden_size": 32, "intermediate_size": 48, "num_key_value_heads": 2},

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import cptjob_trainer
-from cptjob_trainer import dcp_storage
+from cptjob_trainer.checkpoint import dcp_storage
 from cptjob_trainer.errors import CheckpointError, ConfigError, Stopped
 
 PACKAGE = Path(cptjob_trainer.__path__[0])

@@ -18,7 +18,7 @@ from cptjob.volumes import Volumes
 from cptjob_trainer import devices
 from cptjob_trainer.config import TrainerConfig
 from cptjob_trainer.errors import CPTJobError
-from cptjob_trainer.modeldir import check_model
+from cptjob_trainer.model.modeldir import check_model
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from cptjob.live import LiveDisplay
-from cptjob_trainer.narrator import describe, duration, si
+from cptjob_trainer.training.narrator import describe, duration, si
 
 TRAINING: dict[str, Any] = {
     "phase": "Training",

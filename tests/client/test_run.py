@@ -19,7 +19,7 @@ from cptjob import jobs, local
 from cptjob.volumes import Volumes
 from cptjob_trainer.config import digest
 from cptjob_trainer.errors import OutputError, StorageFullError
-from cptjob_trainer.progress import ProgressServer
+from cptjob_trainer.training.progress import ProgressServer
 
 PATIENCE_SECONDS = 90.0
 HERE = Path(__file__).parent
@@ -97,7 +97,7 @@ def _coordinator_of(output: Path) -> int:
     return next(
         pid
         for pid in _processes_of(output)
-        if b"cptjob_trainer.coordinator" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        if b"cptjob_trainer.run.coordinator" in Path(f"/proc/{pid}/cmdline").read_bytes()
     )
 
 

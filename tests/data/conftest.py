@@ -14,7 +14,6 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers import pre_tokenizers as cut
 from tokenizers.trainers import BpeTrainer
 
-from cptjob_trainer import documents, tokens
 from cptjob_trainer.config import (
     Data,
     DatasetInput,
@@ -25,8 +24,9 @@ from cptjob_trainer.config import (
     TrainerConfig,
     ValidationInput,
 )
-from cptjob_trainer.prepare import prepare
-from cptjob_trainer.rows import Source
+from cptjob_trainer.data import documents, tokens
+from cptjob_trainer.data.prepare import prepare
+from cptjob_trainer.data.rows import Source
 
 END = "<|endoftext|>"
 TEXT = (

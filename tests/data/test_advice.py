@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cptjob_trainer import advice
 from cptjob_trainer.config import DatasetInput, ResolvedLora
+from cptjob_trainer.data import advice
 
 SOUND: dict[str, Any] = {
     "packed": True,

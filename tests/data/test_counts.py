@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 
 from cptjob_trainer.config import TrainerConfig
-from cptjob_trainer.prepare import prepare
+from cptjob_trainer.data.prepare import prepare
 
 Job = Callable[..., TrainerConfig]
 

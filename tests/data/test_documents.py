@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from cptjob_trainer import documents
 from cptjob_trainer.config import Data, TrainerConfig
+from cptjob_trainer.data import documents
+from cptjob_trainer.data.prepare import check, prepare
 from cptjob_trainer.errors import DataError, Fault, MissingInputError
-from cptjob_trainer.prepare import check, prepare
 
 GOOD = '{"text": "a good line"}'
 

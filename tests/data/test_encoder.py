@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers
 from tokenizers import pre_tokenizers as cut
 
-from cptjob_trainer import encoder
-from cptjob_trainer.encoder import Encoder
-from cptjob_trainer.tokenizer import TokenizerInfo
+from cptjob_trainer.data import encoder
+from cptjob_trainer.data.encoder import Encoder
+from cptjob_trainer.data.tokenizer import TokenizerInfo
 
 KINDS = ["gpt2", "smollm", "starcoder", "llama3", "cl100k", "o200k", "qwen"]
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cptjob.estimate import estimate
 from cptjob_trainer.config import TrainerConfig
-from cptjob_trainer.prepare import prepare
+from cptjob_trainer.data.prepare import prepare
 
 Job = Callable[..., TrainerConfig]
 SHAPE = {"num_hidden_layers": 1, "hidden_size": 4}

@@ -11,11 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from cptjob_trainer import documents, failpoints
+from cptjob_trainer import failpoints
 from cptjob_trainer.config import TrainerConfig
+from cptjob_trainer.data import documents
+from cptjob_trainer.data.prepare import prepare
+from cptjob_trainer.data.prepared import Prepared, load_prepared
 from cptjob_trainer.errors import Stopped
-from cptjob_trainer.prepare import prepare
-from cptjob_trainer.prepared import Prepared, load_prepared
 
 Job = Callable[..., TrainerConfig]
 
@@ -48,7 +49,13 @@ def test_a_killed_preparation_goes_on_and_ends_the_same(
     config.dump(tmp_path / "config.json")
     make.remember_packs(config)
     environment = {**os.environ, "CPTJOB_FAILPOINT": point}
-    command = [sys.executable, "-m", "cptjob_trainer.prepare", "--config", tmp_path / "config.json"]
+    command = [
+        sys.executable,
+        "-m",
+        "cptjob_trainer.data.prepare",
+        "--config",
+        tmp_path / "config.json",
+    ]
     killed = subprocess.run(command, env=environment, capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL
     finished = len(list((config.paths.prepared / "shards").glob("[0-9a-f]*")))
@@ -66,7 +73,13 @@ def test_workers_die_with_a_killed_parent(tmp_path: Path, make: SimpleNamespace,
     config = job(path)
     make.remember_packs(config)
     config.dump(tmp_path / "config.json")
-    command = [sys.executable, "-m", "cptjob_trainer.prepare", "--config", tmp_path / "config.json"]
+    command = [
+        sys.executable,
+        "-m",
+        "cptjob_trainer.data.prepare",
+        "--config",
+        tmp_path / "config.json",
+    ]
     process = subprocess.Popen(command, start_new_session=True)
     workers: set[int] = set()
     deadline = time.monotonic() + 60

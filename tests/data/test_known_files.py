@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import pytest
 from tokenizers import Tokenizer
 
-from cptjob_trainer import documents, known_files, tokens
 from cptjob_trainer.config import TrainerConfig
-from cptjob_trainer.prepare import prepare
-from cptjob_trainer.prepared import Prepared
+from cptjob_trainer.data import documents, known_files, tokens
+from cptjob_trainer.data.prepare import prepare
+from cptjob_trainer.data.prepared import Prepared
 
 MakeJob = Callable[..., TrainerConfig]
 

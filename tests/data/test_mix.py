@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cptjob_trainer.data.mix import BLOCK, Mix, permute, splitmix64
 from cptjob_trainer.errors import ConfigError
-from cptjob_trainer.mix import BLOCK, Mix, permute, splitmix64
 
 SOURCES = st.lists(
     st.tuples(st.integers(1, 300), st.integers(0, 900)), min_size=1, max_size=6

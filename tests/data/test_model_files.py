@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from cptjob_trainer.errors import DataError, MissingInputError
-from cptjob_trainer.model_files import copied
-from cptjob_trainer.modeldir import check_model
+from cptjob_trainer.model.model_files import copied
+from cptjob_trainer.model.modeldir import check_model
 
 NAMES = ["config.json", "tokenizer.json", "tokenizer_config.json"]
 

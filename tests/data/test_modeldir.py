@@ -16,9 +16,9 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from cptjob_api.facts import ModelFacts
-from cptjob_trainer import safetensors_header
 from cptjob_trainer.errors import CPTJobError, DataError, MissingInputError
-from cptjob_trainer.modeldir import check_model
+from cptjob_trainer.model import safetensors_header
+from cptjob_trainer.model.modeldir import check_model
 
 
 def test_a_good_directory_is_described(model: Path) -> None:
@@ -306,7 +306,7 @@ def test_the_fingerprint_tells_models_apart(model: Path) -> None:
 
 
 def test_of_a_large_file_every_tensor_counts(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cptjob_trainer.model_weights._SMALL_FILE", 0)
+    monkeypatch.setattr("cptjob_trainer.model.model_weights._SMALL_FILE", 0)
     tensors = {f"t{number}": np.zeros(5000, np.float32) for number in range(5)}
     save_file(tensors, model / WEIGHTS)
     before = check_model(model).fingerprint

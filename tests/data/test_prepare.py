@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from cptjob_trainer.config import TrainerConfig
-from cptjob_trainer.prepare import main, prepare
+from cptjob_trainer.data.prepare import main, prepare
 
 Job = Callable[..., TrainerConfig]
 
@@ -17,7 +17,7 @@ Job = Callable[..., TrainerConfig]
 MEASURED = """
 import resource, sys
 from cptjob_trainer.config import TrainerConfig
-from cptjob_trainer.prepare import prepare
+from cptjob_trainer.data.prepare import prepare
 if __name__ == "__main__":
     prepared = prepare(TrainerConfig.load(sys.argv[1]), packs=lambda _: True, processes=1)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -94,7 +94,7 @@ def test_a_warm_up_is_compared_with_the_steps_also_of_data_that_was_prepared_bef
 
 def test_the_data_part_starts_without_torch() -> None:
     program = (
-        "import sys, cptjob_trainer.prepare; "
+        "import sys, cptjob_trainer.data.prepare; "
         "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -11,12 +11,12 @@ from types import SimpleNamespace
 import pytest
 from tokenizers import Tokenizer
 
-from cptjob_trainer import documents
 from cptjob_trainer.config import Data, TrainerConfig
-from cptjob_trainer.corpus import VALIDATE, Corpus
+from cptjob_trainer.data import documents
+from cptjob_trainer.data.corpus import VALIDATE, Corpus
+from cptjob_trainer.data.prepare import check, prepare
+from cptjob_trainer.data.prepared import load_prepared
 from cptjob_trainer.errors import ConfigError, CPTJobError, DataError, OutputError, StorageFullError
-from cptjob_trainer.prepare import check, prepare
-from cptjob_trainer.prepared import load_prepared
 
 Job = Callable[..., TrainerConfig]
 

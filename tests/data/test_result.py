@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
+from cptjob_trainer.checkpoint.state import LoopState
 from cptjob_trainer.config import TrainerConfig
-from cptjob_trainer.evaluate import HeldOut
-from cptjob_trainer.prepare import prepare
-from cptjob_trainer.prepared import Prepared
-from cptjob_trainer.record import read_record
-from cptjob_trainer.result import manifest
-from cptjob_trainer.state import LoopState
+from cptjob_trainer.data.prepare import prepare
+from cptjob_trainer.data.prepared import Prepared
+from cptjob_trainer.results.record import read_record
+from cptjob_trainer.results.result import manifest
+from cptjob_trainer.training.evaluate import HeldOut
 
 BASE = HeldOut({"Domain": 4.0, "General": 3.0}, {"law": 4.0, "web": 3.0}, 100)
 Job = Callable[..., TrainerConfig]

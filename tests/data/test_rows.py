@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cptjob_trainer.data.rows import LEAST_PIECE, Layout, Source
 from cptjob_trainer.errors import NEVER_RETRIED, ConfigError, CPTJobError, DataError
-from cptjob_trainer.rows import LEAST_PIECE, Layout, Source
 
 BOS, EOS = 1, 2
 LENGTHS = st.lists(st.integers(2, 90), min_size=1, max_size=40)

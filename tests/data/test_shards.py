@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from cptjob_trainer import documents, tokens
 from cptjob_trainer.config import TrainerConfig
+from cptjob_trainer.data import documents, tokens
+from cptjob_trainer.data.prepare import prepare
+from cptjob_trainer.data.prepared import load_prepared
 from cptjob_trainer.errors import DataError
-from cptjob_trainer.prepare import prepare
-from cptjob_trainer.prepared import load_prepared
 
 Job = Callable[..., TrainerConfig]
 

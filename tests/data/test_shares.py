@@ -4,8 +4,8 @@ from fractions import Fraction
 
 import pytest
 
+from cptjob_trainer.data.shares import Share, asked, quotas, steps
 from cptjob_trainer.errors import ConfigError
-from cptjob_trainer.shares import Share, asked, quotas, steps
 
 
 def share(name: str, rows: int, weight: float | None = None, *, general: bool = False) -> Share:

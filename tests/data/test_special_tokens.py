@@ -9,8 +9,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from cptjob_trainer.config import TrainerConfig
+from cptjob_trainer.data.prepare import prepare
 from cptjob_trainer.errors import DataError
-from cptjob_trainer.prepare import prepare
 
 Job = Callable[..., TrainerConfig]
 

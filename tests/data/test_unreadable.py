@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from cptjob_trainer import documents, rows, tokens
 from cptjob_trainer.config import TrainerConfig
+from cptjob_trainer.data import documents, rows, tokens
+from cptjob_trainer.data.prepare import prepare
+from cptjob_trainer.data.prepared import Prepared, found_whole, load_prepared
 from cptjob_trainer.errors import NEVER_RETRIED, DataError, MissingInputError, UnreadableError
-from cptjob_trainer.prepare import prepare
-from cptjob_trainer.prepared import Prepared, found_whole, load_prepared
 
 Job = Callable[..., TrainerConfig]
 

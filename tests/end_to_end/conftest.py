@@ -23,7 +23,7 @@ import yaml
 
 from cptjob.local import read_progress
 from cptjob_trainer import demo
-from cptjob_trainer.metrics import read_metrics
+from cptjob_trainer.training.metrics import read_metrics
 
 PATIENCE_SECONDS = 240.0
 STEPS, EVERY = 12, 4
@@ -70,7 +70,7 @@ def processes_of(output: Path) -> Processes:
     found = Processes()
     for pid in parents:
         if str(output / "logs").encode() + b"/" in commands[pid]:
-            is_launcher = b"cptjob_trainer.launch" in commands[pid]
+            is_launcher = b"cptjob_trainer.run.launch" in commands[pid]
             (found.launcher if is_launcher else found.coordinator).append(pid)
     for pid, parent in parents.items():
         if parent in found.coordinator + found.launcher:

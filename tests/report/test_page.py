@@ -7,7 +7,7 @@ import subprocess
 import sys
 from typing import Any
 
-from cptjob_trainer.report import write_report
+from cptjob_trainer.results.report import write_report
 
 HOSTILE = '</title><script>alert("1")</script><img src=http://example.org/x.png> $\\frac{ & \'"'
 
@@ -120,7 +120,7 @@ def test_the_same_run_gives_the_same_bytes_in_another_process_and_from_the_comma
     (out / "report.html").unlink()
     (out / "manifest.json").write_text(json.dumps({**run.manifest(), "files": {}}, sort_keys=True))
     (out / "matplotlibrc").write_text("lines.linewidth: 9\n")
-    command = [sys.executable, "-m", "cptjob_trainer.report", str(out)]
+    command = [sys.executable, "-m", "cptjob_trainer.results.report", str(out)]
     environment = {**os.environ, "PYTHONHASHSEED": "7"}
     done = subprocess.run(command, cwd=out, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"{out / 'report.html'}\n")

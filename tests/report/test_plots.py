@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from cptjob_trainer.plots import scientific, short, smooth, thin
-from cptjob_trainer.report import duration
+from cptjob_trainer.results.plots import scientific, short, smooth, thin
+from cptjob_trainer.results.report import duration
 
 
 def test_a_short_line_is_drawn_as_it_is() -> None:

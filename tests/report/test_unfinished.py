@@ -10,7 +10,7 @@ import pytest
 
 from cptjob_trainer.errors import MissingInputError, OutputError
 from cptjob_trainer.locks import OutputLock
-from cptjob_trainer.report import write_report
+from cptjob_trainer.results.report import write_report
 
 
 def test_a_stopped_run_is_told_from_what_it_left(run: Any, page: Any) -> None:
@@ -143,7 +143,7 @@ def test_a_report_that_cannot_be_written_leaves_the_earlier_one_and_nothing_else
 def test_the_command_ends_with_one_line_and_the_exit_code_of_a_missing_input(
     tmp_path: Path,
 ) -> None:
-    command = [sys.executable, "-m", "cptjob_trainer.report", str(tmp_path)]
+    command = [sys.executable, "-m", "cptjob_trainer.results.report", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 66
     assert done.stderr.startswith(f"error: {tmp_path}: neither metrics.jsonl nor manifest.json")

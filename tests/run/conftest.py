@@ -70,7 +70,7 @@ class Job:
             [
                 sys.executable,
                 "-m",
-                f"cptjob_trainer.{module}",
+                f"cptjob_trainer.run.{module}",
                 "--config",
                 self.config_path,
                 *arguments,
@@ -113,7 +113,7 @@ class Job:
             "os.environ['CPTJOB_PARENT_PID'] = str(os.getpid());"
             "subprocess.Popen(sys.argv[1:]).wait()"
         )
-        launch = [sys.executable, "-m", "cptjob_trainer.launch", "--config", self.config_path]
+        launch = [sys.executable, "-m", "cptjob_trainer.run.launch", "--config", self.config_path]
         launch += ["--store", self.address, "--entrypoint", "standin_worker:main"]
         process = subprocess.Popen(
             [sys.executable, "-c", program, *launch],

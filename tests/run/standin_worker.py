@@ -8,9 +8,10 @@ import signal
 import time
 from pathlib import Path
 
-from cptjob_trainer import forkserver, progress
 from cptjob_trainer.config import TrainerConfig
 from cptjob_trainer.errors import ConfigError, DataError, MissingInputError, Stopped, UsageError
+from cptjob_trainer.run import forkserver
+from cptjob_trainer.training import progress
 
 # Stands in for heavy imports: the fork server pays it once, a restarted worker never.
 IMPORTED_AT = time.monotonic()
@@ -130,7 +131,7 @@ def act_meet(run: _Run, _number: int) -> None:
 
 
 def prepare_text(config: TrainerConfig, report: object, *, stop: object) -> object:
-    """Stands in for preparing; see `cptjob_trainer.prepare.prepare`."""
+    """Stands in for preparing; see `cptjob_trainer.data.prepare.prepare`."""
     report("counting", 1, 2)  # type: ignore[operator]
     if config.name.startswith("bad"):
         raise DataError("two files are broken")

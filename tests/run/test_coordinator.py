@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from cptjob_trainer import coordinator, termination
+from cptjob_trainer import termination
 from cptjob_trainer.config import digest
-from cptjob_trainer.progress import Progress
+from cptjob_trainer.run import coordinator
+from cptjob_trainer.training.progress import Progress
 
 MakeJob = Callable[..., Any]
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from cptjob_trainer import launch
 from cptjob_trainer.errors import CoordinatorLostError
+from cptjob_trainer.run import launch
 
 MakeJob = Callable[..., Any]
 

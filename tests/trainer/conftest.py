@@ -17,7 +17,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from cptjob_trainer import components, demo, failpoints, forkserver, loop
+from cptjob_trainer import demo, failpoints
+from cptjob_trainer.checkpoint.state import LoopState
 from cptjob_trainer.config import (
     Checkpoint,
     DatasetInput,
@@ -30,12 +31,13 @@ from cptjob_trainer.config import (
     TrainerConfig,
     ValidationInput,
 )
-from cptjob_trainer.metrics import read_metrics
-from cptjob_trainer.prepare import prepare
-from cptjob_trainer.prepared import Prepared
-from cptjob_trainer.rows import Row
+from cptjob_trainer.data.prepare import prepare
+from cptjob_trainer.data.prepared import Prepared
+from cptjob_trainer.data.rows import Row
+from cptjob_trainer.run import forkserver
 from cptjob_trainer.runtime import Runtime
-from cptjob_trainer.state import LoopState
+from cptjob_trainer.training import components, loop
+from cptjob_trainer.training.metrics import read_metrics
 
 __all__ = ["Dropout", "ResolvedLora", "ResolvedSchedule"]
 
@@ -264,7 +266,7 @@ def helpers() -> Any:
 def fork_server() -> None:
     """The launcher's warm server: ranks forked from it start in a fraction of a second."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    forkserver.start("cptjob_trainer.worker:main")
+    forkserver.start("cptjob_trainer.run.worker:main")
 
 
 # --- whole workers ----------------------------------------------------------------------------
@@ -312,7 +314,7 @@ class Run:
         }
         return [
             forkserver.spawn(
-                "cptjob_trainer.worker:main",
+                "cptjob_trainer.run.worker:main",
                 str(self.config_path),
                 environment | {"RANK": str(rank)},
             )

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from cptjob_trainer import pretrained
 from cptjob_trainer.config import TrainerConfig
-from cptjob_trainer.optimizer import checkpoint_tensors
+from cptjob_trainer.model import pretrained
+from cptjob_trainer.training.optimizer import checkpoint_tensors
 
 spec = importlib.util.spec_from_file_location("helpers", Path(__file__).with_name("conftest.py"))
 assert spec is not None

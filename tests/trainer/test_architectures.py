@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cptjob_trainer import attention, isolation
-from cptjob_trainer.schedule import learning_rate
+from cptjob_trainer.model import attention, isolation
+from cptjob_trainer.training.schedule import learning_rate
 
 PACKED = [
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "phi3",

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from cptjob_trainer.batch import BatchShape, arrange, empty_row
-from cptjob_trainer.batcher import Batcher
-from cptjob_trainer.loss import IGNORE
-from cptjob_trainer.mix import Mix
-from cptjob_trainer.rows import Row
+from cptjob_trainer.data.batch import BatchShape, arrange, empty_row
+from cptjob_trainer.data.batcher import Batcher
+from cptjob_trainer.data.mix import Mix
+from cptjob_trainer.data.rows import Row
+from cptjob_trainer.model.loss import IGNORE
 
 
 def row(*pieces: list[int], masked: list[int] = ()) -> Row:  # type: ignore[assignment]

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cptjob_trainer.document_attention import document_attention
+from cptjob_trainer.model.document_attention import document_attention
 
 # Rows of 160: pieces shorter than a block, longer than one, and of a single token.
 PIECES = ([0, 1, 40, 160], [0, 160], [0, 159, 160])

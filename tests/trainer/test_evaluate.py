@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from cptjob_trainer.evaluate import HeldOut, load_base, rows_per_source, save_base
-from cptjob_trainer.loop import Trainer
-from cptjob_trainer.rows import Row
+from cptjob_trainer.data.rows import Row
+from cptjob_trainer.training.evaluate import HeldOut, load_base, rows_per_source, save_base
+from cptjob_trainer.training.loop import Trainer
 
 
 @pytest.mark.parametrize(

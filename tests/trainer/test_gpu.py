@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cptjob_trainer import attention
-from cptjob_trainer.optimizer import checkpoint_tensors
+from cptjob_trainer.model import attention
+from cptjob_trainer.training.optimizer import checkpoint_tensors
 
 pytestmark = pytest.mark.gpu
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from cptjob_trainer.checkpoint.state import LoopState
 from cptjob_trainer.config import ValidationInput
 from cptjob_trainer.errors import Stopped
-from cptjob_trainer.evaluate import HeldOut
-from cptjob_trainer.metrics import MetricsLog, read_metrics
-from cptjob_trainer.optimizer import checkpoint_tensors
-from cptjob_trainer.state import LoopState
+from cptjob_trainer.training.evaluate import HeldOut
+from cptjob_trainer.training.metrics import MetricsLog, read_metrics
+from cptjob_trainer.training.optimizer import checkpoint_tensors
 
 Build = Callable[..., Any]
 STEPS = 10

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cptjob_trainer import loss
+from cptjob_trainer.model import loss
 
 VOCABULARY, WIDTH, TOKENS = 300, 16, 210
 

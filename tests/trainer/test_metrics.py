@@ -9,7 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cptjob_trainer.errors import StorageFullError
-from cptjob_trainer.metrics import MetricsLog, read_metrics
+from cptjob_trainer.training.metrics import MetricsLog, read_metrics
 
 
 def test_a_run_that_goes_on_drops_what_was_written_beyond_its_step(tmp_path: Path) -> None:

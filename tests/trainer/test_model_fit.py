@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cptjob_trainer import model_fit
 from cptjob_trainer.errors import DataError
+from cptjob_trainer.model import model_fit
 
 Build = Callable[..., Path]
 Tensors = dict[str, torch.Tensor]

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from cptjob_trainer import components, reporter
-from cptjob_trainer.checkpoints import Resume
-from cptjob_trainer.prepared import Prepared
-from cptjob_trainer.state import LoopState
+from cptjob_trainer.checkpoint.checkpoints import Resume
+from cptjob_trainer.checkpoint.state import LoopState
+from cptjob_trainer.data.prepared import Prepared
+from cptjob_trainer.training import components, reporter
 
 
 def test_a_run_that_goes_on_tells_the_checkpoint_that_it_went_on_from(

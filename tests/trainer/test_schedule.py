@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from cptjob_trainer.schedule import default_warmup, learning_rate
+from cptjob_trainer.training.schedule import default_warmup, learning_rate
 
 KINDS = ["Constant", "Linear", "Cosine", "WSD"]
 

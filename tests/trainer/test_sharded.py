@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cptjob_trainer import forkserver
+from cptjob_trainer.run import forkserver
 
 Build = Callable[..., Any]
 

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from cptjob_trainer import pretrained, sharding
 from cptjob_trainer.errors import DataError
+from cptjob_trainer.model import pretrained, sharding
 
 Build = Callable[..., Any]
 ARCHITECTURES = [

@@ -10,10 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cptjob import estimate
-from cptjob_trainer import activations, dropout, model
 from cptjob_trainer.config import Dropout, Guards
 from cptjob_trainer.errors import ConfigError, Stopped
-from cptjob_trainer.optimizer import checkpoint_tensors
+from cptjob_trainer.model import activations, dropout
+from cptjob_trainer.model import causal as model
+from cptjob_trainer.training.optimizer import checkpoint_tensors
 
 Build = Callable[..., Any]
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from cptjob_trainer import worker
 from cptjob_trainer.errors import DataError
+from cptjob_trainer.run import worker
 
 CPU = torch.device("cpu")
 

@@ -53,7 +53,7 @@ def coordinator(
     beside: it shares a node with its worker; node: which one, where the worker has it already.
     """
     arguments = ["--store-port", str(STORE_PORT), "--http-port", str(HTTP_PORT), "--stay"]
-    container = _container(profile, "cptjob_trainer.coordinator", arguments)
+    container = _container(profile, "cptjob_trainer.run.coordinator", arguments)
     container["resources"] = _resources(profile.coordinator)
     container["ports"] = [
         {"name": "http", "containerPort": HTTP_PORT, "protocol": "TCP"},
@@ -89,7 +89,7 @@ def worker(
         *("--nnodes", str(nodes)),
         *("--nproc-per-node", str(profile.num_proc_per_node)),
     ]
-    container = _container(profile, "cptjob_trainer.launch", arguments)
+    container = _container(profile, "cptjob_trainer.run.launch", arguments)
     container["resources"] = _resources(profile.worker)
     affinity = placement.worker_affinity(
         profile, uid, near=near, soft=excluded_soft, hard=excluded_hard

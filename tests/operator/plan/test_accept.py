@@ -13,8 +13,8 @@ from cptjob_api.resolve import resolve, trainer_config
 from cptjob_operator.plan.accept import CHECKS, Accepted, Refused, accept, too_many_checkpoints
 from cptjob_operator.profile import Mount, Profile
 from cptjob_operator.settings import Settings, parse
-from cptjob_trainer import presets
 from cptjob_trainer.config import AcceptedConfig, Processes, digest
+from cptjob_trainer.model import presets
 
 MakeJob = Callable[..., CPTJob]
 Accept = Callable[..., Accepted]
