@@ -8,7 +8,7 @@ from prometheus_client.core import Metric
 from cptjob_operator.edge.cache import Cache
 from cptjob_operator.metrics import Metrics, State
 from cptjob_operator.queue import Queue
-from cptjob_trainer import progress
+from cptjob_trainer.training import progress
 
 
 def of_an_operator() -> list[Metric]:
