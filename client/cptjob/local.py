@@ -6,13 +6,11 @@ files that the processes leave, never from torchx's own account.
 
 import contextlib
 import errno
-import fcntl
 import json
 import logging
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -34,6 +32,7 @@ from cptjob_trainer.checkpoint import lineage, output_folder
 from cptjob_trainer.config import TrainerConfig
 from cptjob_trainer.errors import OutputBusyError, OutputError, StorageFullError
 from cptjob_trainer.lifeline import PARENT_VARIABLE
+from cptjob_trainer.locks import CLIENT, OutputLock
 
 COORDINATOR = "coordinator"
 TRAINER = "trainer"
@@ -114,91 +113,24 @@ class _Scheduler(LocalScheduler):  # type: ignore[misc]
         return replica
 
 
-class ClientLock:
-    """Held while a client runs a job on an output; the kernel drops it when the client dies."""
-
-    def __init__(self, output: Path) -> None:
-        self._output = output
-        self._held = contextlib.ExitStack()
-
-    def __enter__(self) -> "ClientLock":
-        path = self._output / ".client.lock"
-        with contextlib.ExitStack() as opened:
-            descriptor = _open_lock(self._output, path)
-            opened.callback(os.close, descriptor)
-            if not _try_lock(descriptor, path):
-                raise OutputBusyError(busy_message(self._output, path))
-            _sign(descriptor)
-            self._held = opened.pop_all()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._held.close()
-
-
-def _open_lock(output: Path, path: Path) -> int:
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        if error.errno in _FULL:
-            raise  # told as that
-        raise OutputError(
-            f"cannot write the output folder {output}: {error.strerror}; "
-            "choose another one with --output or change its permissions"
-        ) from error
-
-
-def _sign(descriptor: int) -> None:
-    """Tells people who meet the lock whose it is. A full disk is no reason to stop here."""
-    started = datetime.now(UTC).isoformat(timespec="seconds")
-    holder = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
-    with contextlib.suppress(OSError):
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
-
-
-def _try_lock(descriptor: int, path: Path) -> bool:
-    """False when another process holds the lock. Raises OutputError where there are no locks."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        raise OutputError(
-            f"cannot lock {path}: {error.strerror}; put the output on a volume that has file locks"
-        ) from error
-    return True
-
-
-def busy_message(output: Path, lock: Path) -> str:
-    """Who holds the output, by what the holder wrote into its lock file."""
-    try:
-        holder = json.loads(lock.read_text())
-        who = f"process {holder['pid']} on {holder['host']} since {holder['started']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        who = "another process"
-    return (
-        f"the output folder {output} is in use by {who}; "
-        "wait for it, stop it, or give another --output"
-    )
-
-
-def _wait_for_orphan(output: Path, seconds: float, say: Callable[[str], None]) -> None:
+def _wait_for_orphan(output: Path, uid: str, seconds: float, say: Callable[[str], None]) -> None:
     """Lets the launcher of a client that died save and end. Raises OutputBusyError."""
-    lock = output / ".lock"
-    if not lock.exists():
+    lock = OutputLock(output, uid)
+    if not lock.path.exists():
         return
     deadline = time.monotonic() + seconds
     said = False
-    with os.fdopen(_open_lock(output, lock), "r+") as file:
-        while not _try_lock(file.fileno(), lock):
+    while True:
+        try:
+            with lock:
+                return
+        except OutputBusyError:
             if time.monotonic() > deadline:
-                raise OutputBusyError(busy_message(output, lock))
-            if not said:
-                say("an earlier run of this job is still saving and stopping; waiting for it")
-                said = True
-            time.sleep(_POLL_SECONDS)
+                raise
+        if not said:
+            say("an earlier run of this job is still saving and stopping; waiting for it")
+            said = True
+        time.sleep(_POLL_SECONDS)
 
 
 @dataclass
@@ -366,9 +298,9 @@ def run(config: TrainerConfig, display: LiveDisplay, environment: dict[str, str]
     output = config.paths.output
     # Before the lock, which makes the folder.
     output_folder.check(config)
-    with _room(output), ClientLock(output):
+    with _room(output), OutputLock(output, config.uid, CLIENT):
         grace = config.checkpoint.grace_period_seconds + 10.0
-        _wait_for_orphan(output, grace, display.say)
+        _wait_for_orphan(output, config.uid, grace, display.say)
         lineage.check_before_preparing(config)
         directory = _make_run_directory(output, config.name)
         config_path = directory / "config.json"

@@ -1,5 +1,6 @@
 """One live job at a time holds an output folder."""
 
+import errno
 import json
 import os
 import signal
@@ -43,3 +44,14 @@ def test_an_output_that_cannot_be_made_is_an_output_error(tmp_path: Path) -> Non
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot write the output folder"):
         OutputLock(tmp_path / "file" / "out", "a").acquire()
+
+
+def test_a_folder_without_file_locks_is_not_called_busy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(_descriptor: int, _operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with pytest.raises(OutputError, match="No locks available; put the output on a volume"):
+        OutputLock(tmp_path / "out", "uid").acquire()

@@ -18,7 +18,7 @@ import pytest
 from cptjob import jobs, local
 from cptjob.volumes import Volumes
 from cptjob_trainer.config import digest
-from cptjob_trainer.errors import OutputError, StorageFullError
+from cptjob_trainer.errors import StorageFullError
 from cptjob_trainer.training.progress import ProgressServer
 
 PATIENCE_SECONDS = 90.0
@@ -245,17 +245,6 @@ def test_a_lost_coordinator_leaves_the_workers_the_time_that_their_save_takes(
     assert client.notes("saving") == 2
     assert client.notes("saved") == 2
     assert _processes_of(client.output) == []
-
-
-def test_a_folder_without_file_locks_is_not_called_busy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_locks(_descriptor: int, _operation: int) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr("fcntl.flock", no_locks)
-    with pytest.raises(OutputError, match="No locks available; put the output on a volume"):
-        local.ClientLock(tmp_path / "out").__enter__()
 
 
 def test_a_second_run_of_the_same_output_is_refused(client: Client) -> None:

@@ -113,9 +113,11 @@ class Job:
                 spec[section] = {**spec.get(section, {}), **values} if joined else values
         (self.place / f"{self.name}.yaml").write_text(yaml.safe_dump(manifest))
 
-    def start(self, processes: int = 2, **environment: str) -> subprocess.Popen[str]:
-        command = [*self.prefix, sys.executable, "-m", "cptjob", "run", f"{self.name}.yaml"]
-        command += ["--output", self.name, "--processes", str(processes)]
+    def start(self, processes: int = 2, *asked: str, **environment: str) -> subprocess.Popen[str]:
+        """`cptjob run`, or another command with its options."""
+        name, *options = asked or ("run",)
+        command = [*self.prefix, sys.executable, "-m", "cptjob", name, f"{self.name}.yaml"]
+        command += [*options, "--output", self.name, "--processes", str(processes)]
         manifest = (self.place / f"{self.name}.yaml").read_text()
         for claim in ("models", "data"):
             if f"pvc://{claim}/" in manifest:

@@ -47,6 +47,19 @@ def test_the_model_loads_and_writes_text(done: Done) -> None:
     assert model.generate(**tokens, max_new_tokens=3, min_new_tokens=3).shape[1] > 3
 
 
+def test_the_checkpoint_of_a_step_becomes_a_model_that_loads(done: Done) -> None:
+    job = done[0]
+    code, output, errors = job.end(job.start(2, "export", "--step", "8"))
+    assert (code, errors) == (0, "")
+    folder = job.output / "model-step-8"
+    assert output == f"the model of step 8 is in {folder}\n"
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(each) for each in (folder, job.output / "model")
+    )
+    assert before.lm_head.weight.shape == after.lm_head.weight.shape
+    assert not torch.equal(before.lm_head.weight, after.lm_head.weight)
+
+
 def test_the_same_command_again_leaves_everything_as_it_is(done: Done) -> None:
     job, first, _ = done
     code, output, errors = job.run()

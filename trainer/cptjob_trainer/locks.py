@@ -1,4 +1,4 @@
-"""The lock that tells whether a live process holds an output folder."""
+"""The locks that tell whether a live process holds an output folder."""
 
 import fcntl
 import json
@@ -9,24 +9,34 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from cptjob_trainer.errors import OutputBusyError, OutputError
+from cptjob_trainer.disk import is_full
+from cptjob_trainer.errors import OutputBusyError, OutputError, StorageFullError
+
+#: Held by the launcher while it trains.
+TRAINING = ".lock"
+#: Held by a client while it runs a job, and so before and after training as well.
+CLIENT = ".client.lock"
 
 
 class OutputLock:
-    """An exclusive `flock` on `OUT/.lock`, held from `with` to its end or to the death of the
-    process.
+    """An exclusive `flock` on a file of an output folder, held from `with` to its end or to the
+    death of the process.
 
     The kernel drops the lock when the last holder dies, so a lock file left by a killed run is no
     hindrance.
     """
 
-    def __init__(self, output: Path, uid: str) -> None:
-        self.path = output / ".lock"
+    def __init__(self, output: Path, uid: str, name: str = TRAINING) -> None:
+        self.path = output / name
         self._uid = uid
         self._fd: int | None = None
 
     def acquire(self) -> None:
-        """Take the lock; raises OutputBusyError at once when another process has it."""
+        """Take the lock.
+
+        Raises OutputBusyError at once when another process has it, OutputError where there is no
+        way to lock, StorageFullError where there is no room for the file.
+        """
         if self._fd is not None:
             return
         fd = self._open()
@@ -68,6 +78,10 @@ class OutputLock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
+            if is_full(error):
+                raise StorageFullError(
+                    f"no space left on {self.path.parent}; free some and run the same command"
+                ) from error
             raise OutputError(
                 f"cannot write the output folder {self.path.parent}: {error.strerror}; "
                 "choose another one or change its permissions"

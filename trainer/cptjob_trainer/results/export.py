@@ -39,8 +39,12 @@ def _export(config: TrainerConfig, step: int, target: Path) -> None:
     check_target(target)
     manifest = read_whole(checkpoint)
 
-    from cptjob_trainer.results import output  # imports torch: what is at fault is said before
+    # These import torch: what is at fault is said before.
+    import transformers
 
+    from cptjob_trainer.results import output
+
+    transformers.utils.logging.disable_progress_bar()  # loading is not what a person waits for
     lora = config.training.lora if config.training.method == "LoRA" else None
     published = output.export(
         checkpoint,
