@@ -109,13 +109,14 @@ async def _one_plain(at: Sides, job: str) -> float:
 class Burst:
     """One round of one arm.
 
-    others: cores that other programs kept busy. cpu: seconds of the operator and of the API server.
+    cores: how many were busy. others: of them, with other programs' work. cpu: see Measured.cpu.
     """
 
     jobs: int
     seconds: float
+    cores: float
     others: float
-    cpu: tuple[float, float] = (0.0, 0.0)
+    cpu: tuple[float, float, float]
     passes: float = 0.0
     calls: dict[str, float] = field(default_factory=dict)
 
@@ -130,7 +131,7 @@ async def burst(at: Sides, arm: Arm, jobs: int) -> Burst:
     at.ours.eager = True
     already, wanted = len(pods.made), jobs * arm.pods_of(WORKERS)
     calls, passes = at.operator.calls(), at.operator.passes()
-    cpu = at.operator.cpu_seconds(), at.operator.api_cpu_seconds()
+    before = at.operator.cpu()
     with Load() as load:
         begun = time.perf_counter()
         creating = asyncio.create_task(
@@ -138,8 +139,10 @@ async def burst(at: Sides, arm: Arm, jobs: int) -> Burst:
         )
         done = await pods.until(lambda: len(pods.made) - already >= wanted)
         await creating
-        spent = at.operator.cpu_seconds() - cpu[0], at.operator.api_cpu_seconds() - cpu[1]
-    found = Burst(jobs, done - begun, load.others, spent)
+        operator, api, rest = (
+            now - then for now, then in zip(at.operator.cpu(), before, strict=True)
+        )
+    found = Burst(jobs, done - begun, load.cores, load.others, (operator, api, rest))
     found.passes = (at.operator.passes() - passes) / jobs
     found.calls = per_job(calls, at.operator.calls(), jobs)
     at.ours.eager = False

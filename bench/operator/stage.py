@@ -69,6 +69,15 @@ class Measured(RunningOperator):
         """Of the API server."""
         return cpu_seconds(self.plane.daemons["kube-apiserver"].pid)
 
+    def rest_cpu_seconds(self) -> float:
+        """Of everything else in the control plane: etcd, scheduler, controllers, KWOK."""
+        daemons = self.plane.daemons
+        return sum(cpu_seconds(daemons[name].pid) for name in daemons if name != "kube-apiserver")
+
+    def cpu(self) -> tuple[float, float, float]:
+        """Processor seconds of the operator, the API server and the rest of the control plane."""
+        return self.cpu_seconds(), self.api_cpu_seconds(), self.rest_cpu_seconds()
+
     def calls(self) -> dict[tuple[str, str, str], float]:
         """Requests so far, by verb, kind and code, without those for the lease."""
         found = {}
@@ -143,7 +152,7 @@ def running(operator: Measured) -> Iterator[Measured]:
 
 
 class Load:
-    """How many cores others kept busy while the with statement ran."""
+    """How many cores were busy while the with statement ran, and how many of them with others' work."""
 
     def __enter__(self) -> "Load":
         self._since = time.monotonic(), _busy(), _own()
@@ -152,7 +161,8 @@ class Load:
     def __exit__(self, *_: object) -> None:
         when, busy, own = self._since
         seconds = time.monotonic() - when
-        self.others = max(0.0, (_busy() - busy) - (_own() - own)) / seconds
+        self.cores = (_busy() - busy) / seconds
+        self.others = max(0.0, self.cores - (_own() - own) / seconds)
 
 
 def _busy() -> float:
