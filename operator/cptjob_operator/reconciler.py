@@ -3,7 +3,6 @@
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 from cptjob_api.conditions import Condition, Phase, Reason
@@ -84,18 +83,24 @@ class Reconciler:
         wanted = self._plan(job, observed, self._settings, now)
         version = job.metadata.resource_version
         waits = await self._cluster.report(job, wanted)
-        if waits is not None:
-            wanted = replace(wanted, events=())  # they say what the status will say, when it does
+        if waits is None:
+            # What the status says now. No later pass finds it new, so a failed write below must
+            # not keep it back.
+            self._tell(key, job, wanted)
         changed = await self._cluster.apply(job, wanted)
         self._cluster.seen(job, observed)
-        for cause in wanted.restarts:
-            self._metrics.restarts.labels(cause).inc()
         changed = changed or self._cluster.version(key) != version
         due = [waits, _FOLLOW_UP_SECONDS if changed else None]
         if wanted.again is not None:
             due.append(max((wanted.again - self._now()).total_seconds(), _AT_ONCE_SECONDS))
         again = min((each for each in due if each is not None), default=None)
         return ("changed" if changed else "unchanged"), again
+
+    def _tell(self, key: JobKey, job: CPTJob, wanted: Wanted) -> None:
+        for event in wanted.events:
+            self._cluster.tell_of(key, job.metadata.uid or "", event)
+        for cause in wanted.restarts:
+            self._metrics.restarts.labels(cause).inc()
 
     def _remember(self, key: JobKey, job: CPTJob) -> None:
         uid = job.metadata.uid or ""

@@ -328,8 +328,6 @@ class Cluster:
         whole = self._refused.get(uid, {}).keys() <= {kinds.POD.name}
         whole = whole and await self._children_stand(job, pods)
         made = whole and await self._make_pods(job, pods)
-        for event in wanted.events:
-            self.tell_of(_key(job), uid, event)
         return bool(wanted.deletions or objects or made)
 
     def tell_of(self, key: JobKey, uid: str, event: Event) -> None:

@@ -9,6 +9,7 @@ import pytest
 from aiohttp import web
 
 from cptjob_api.job import CPTJob
+from cptjob_operator.edge.api_errors import ApiError
 from cptjob_operator.edge.cache import Cache
 from cptjob_operator.edge.cluster import Cluster
 from cptjob_operator.edge.events import Recorder
@@ -18,7 +19,7 @@ from cptjob_operator.metrics import Metrics
 from cptjob_operator.observed import Observed
 from cptjob_operator.reconciler import Plan, Reconciler
 from cptjob_operator.settings import Settings
-from cptjob_operator.wanted import Event, Wanted
+from cptjob_operator.wanted import Deletion, Event, Wanted
 from job_cases import sound_job
 
 Test = Callable[[Callable[[Any], Awaitable[None]]], None]
@@ -253,6 +254,42 @@ def test_news_waits_longer_while_other_jobs_wait_for_their_turn(with_server: Tes
         bench.answered = sound_body(2, replicas=3)
         await bench.reconciler.reconcile(KEY)
         assert len(bench.patches) == 1
+        await bench.api.close()
+
+    with_server(test)
+
+
+def test_what_was_written_is_told_and_counted_though_a_deletion_fails(with_server: Test) -> None:
+    def restart(job: CPTJob, observed: Observed, settings: Settings, now: datetime) -> Wanted:
+        assert job.status is not None
+        gone = Deletion("Pod", "job-0-0", "pod-uid", "a worker failed")
+        return Wanted(
+            status=job.status.model_copy(update={"attempt": 1}),
+            deletions=(gone,),
+            events=(Event("Normal", "Restarting", "a worker failed"),),
+            restarts=("PodFailed",),
+        )
+
+    async def test(server: Any) -> None:
+        bench = Bench(server, restart)
+        bench.cache.put_job(sound_body(1))
+        bench.answered = sound_body(2, attempt=1)
+
+        async def without_deletions(request: web.Request) -> web.StreamResponse:
+            if request.method == "DELETE":
+                return web.json_response({"message": "not now"}, status=503)
+            return await bench._answer(request)
+
+        server.answer = without_deletions
+        with pytest.raises(ApiError):
+            await bench.reconciler.reconcile(KEY)
+        assert bench.told == ["a worker failed"]
+        (counted,) = (
+            each.value
+            for each in next(iter(bench.metrics.restarts.collect())).samples
+            if each.name.endswith("_total")
+        )
+        assert counted == 1
         await bench.api.close()
 
     with_server(test)
