@@ -78,10 +78,10 @@ class Client:
         return self._each(self._client.watch(name))
 
     def logs(
-        self, name: str, *, follow: bool = False, tail: int | None = None
+        self, name: str, *, follow: bool = False, tail: int | None = None, pod: str | None = None
     ) -> Iterator[LogLine]:
         """See AsyncClient.logs."""
-        return self._each(self._client.logs(name, follow=follow, tail=tail))
+        return self._each(self._client.logs(name, follow=follow, tail=tail, pod=pod))
 
     def wait(
         self,

@@ -154,13 +154,14 @@ class AsyncClient:
         raise AssertionError("a watch ends by an error only")
 
     def logs(
-        self, name: str, *, follow: bool = False, tail: int | None = None
+        self, name: str, *, follow: bool = False, tail: int | None = None, pod: str | None = None
     ) -> AsyncGenerator[LogLine]:
         """What the job's pods say, of all ranks and of all attempts whose pods are still there.
 
         follow: goes on until the job has ended or is gone. tail: so many last lines of each pod.
+        pod: one of them only: w1 is worker 1, in all attempts, and c0 the coordinator.
         """
-        return (logs.follow if follow else logs.read)(self, name, tail)
+        return (logs.follow if follow else logs.read)(self, name, tail, pod)
 
     async def call(self, request: Callable[[client.CoreV1Api], Awaitable[Any]]) -> Any:
         """Sends a request about pods. Raises MissingInputError where it finds none."""

@@ -42,7 +42,8 @@ def submit(file: Path, watch: bool, **place: str | None) -> int:
     manifest, job = jobs.read(file)
     for note in manifest.notes:
         click.echo(f"note: {note}", err=True)
-    with _client(place, job.metadata.namespace) as cluster:
+    place["namespace"] = jobs.namespace(job, place["namespace"])
+    with _client(place) as cluster:
         made = cluster.create(job)
         name = made.metadata.name
         click.echo(f"job {name} is made in namespace {cluster.namespace}")
@@ -142,13 +143,10 @@ def _colour(source: str) -> str:
     return colours[sum(source.encode()) % len(colours)]
 
 
-def _client(place: dict[str, str | None], namespace: str | None = None) -> "Client":
+def _client(place: dict[str, str | None]) -> "Client":
     from cptjob.client import Client
 
-    given = place["namespace"]
-    if given and namespace and given != namespace:
-        raise click.UsageError(f"the manifest is for namespace {namespace}, and not for {given}")
-    return Client(given or namespace, context=place["context"], kubeconfig=place["kubeconfig"])
+    return Client(**place)
 
 
 def _follow(cluster: "Client", name: str) -> int:

@@ -17,7 +17,7 @@ from cptjob_api.resolve import JobDefaults, Resolved, gpus, resolve, trainer_con
 from cptjob_api.spec import CPTJobSpec, Model
 from cptjob_api.unsupported import unsupported
 from cptjob_trainer.config import Processes, TrainerConfig
-from cptjob_trainer.errors import ConfigError, DataError, MissingInputError
+from cptjob_trainer.errors import ConfigError, DataError, MissingInputError, UsageError
 from cptjob_trainer.words import counted
 
 
@@ -59,13 +59,26 @@ def _gpus(job: CPTJob) -> int:
 def read(path: Path) -> tuple[Manifest, CPTJob]:
     """The only job of a manifest. Raises ConfigError for what cannot be done yet."""
     manifest = load_manifest(path)
+    return manifest, check(manifest)
+
+
+def check(manifest: Manifest) -> CPTJob:
+    """Its only job, as `read` has it."""
     job = manifest.job
     faults = [*unsupported(job), *resources.faults(job)]
     if excess := resources.too_many_processes(job, _gpus(job)):
         faults.append(excess)
     if faults:
         raise ConfigError("\n".join(_with_line(manifest, job, text) for text in faults))
-    return manifest, job
+    return job
+
+
+def namespace(job: CPTJob, given: str | None) -> str | None:
+    """Where the job goes: what is given, or what its manifest says. Raises UsageError for both."""
+    own = job.metadata.namespace
+    if given and own and given != own:
+        raise UsageError(f"the manifest is for namespace {own}, and not for {given}")
+    return given or own
 
 
 def _with_line(manifest: Manifest, job: CPTJob, text: str) -> str:

@@ -11,7 +11,10 @@ from kubernetes.aio import client
 
 from cptjob.standing import ENDED, is_true
 from cptjob_api.job import GROUP, CPTJob
-from cptjob_trainer.errors import MissingInputError
+from cptjob_trainer.errors import MissingInputError, UsageError
+
+#: Of a job's pods. A source begins with the first letter of its pod's.
+ROLES = ("coordinator", "worker")
 
 _LOOK_SECONDS = 2.0
 _ANSWER = aiohttp.ClientTimeout(total=60, sock_connect=10)
@@ -60,23 +63,27 @@ class _Pod:
         return _Pod(pod.metadata.name, pod.metadata.uid, f"{role[:1]}{index}{late}", began)
 
 
-async def read(cluster: Cluster, name: str, tail: int | None = None) -> AsyncGenerator[LogLine]:
+async def read(
+    cluster: Cluster, name: str, tail: int | None = None, pod: str | None = None
+) -> AsyncGenerator[LogLine]:
     """What has been said so far, by time; of each pod the last `tail` lines."""
     await cluster.get(name)
     lines: list[LogLine] = []
-    for pod in await _pods(cluster, name):
-        if pod.began:
-            async with aclosing(_lines(cluster, pod, tail=tail)) as said:
+    for each in await _pods(cluster, name, pod):
+        if each.began:
+            async with aclosing(_lines(cluster, each, tail=tail)) as said:
                 lines += [line async for line in said]
     for line in sorted(lines, key=lambda line: line.time):
         yield line
 
 
-async def follow(cluster: Cluster, name: str, tail: int | None = None) -> AsyncGenerator[LogLine]:
+async def follow(
+    cluster: Cluster, name: str, tail: int | None = None, pod: str | None = None
+) -> AsyncGenerator[LogLine]:
     """The same, and what is said from now on, until the job has ended or is gone."""
     await cluster.get(name)
     lines: asyncio.Queue[LogLine | BaseException | None] = asyncio.Queue(1000)
-    watching = asyncio.create_task(_follow_all(cluster, name, tail, lines))
+    watching = asyncio.create_task(_follow_all(cluster, name, tail, pod, lines))
     try:
         while (line := await lines.get()) is not None:
             if isinstance(line, BaseException):
@@ -91,6 +98,7 @@ async def _follow_all(
     cluster: Cluster,
     name: str,
     tail: int | None,
+    only: str | None,
     lines: "asyncio.Queue[LogLine | BaseException | None]",
 ) -> None:
     """Streams each pod as it begins. Ends with None, or with the error that ended it."""
@@ -99,7 +107,7 @@ async def _follow_all(
         while True:
             # In this order: a pod that began before the job's end is not missed.
             ended = await _has_ended(cluster, name)
-            for pod in await _pods(cluster, name):
+            for pod in await _pods(cluster, name, only):
                 if pod.began and pod.uid not in streams:
                     streams[pod.uid] = asyncio.create_task(_pass_on(cluster, pod, tail, lines))
             if ended:
@@ -133,9 +141,17 @@ async def _pass_on(
             await lines.put(line)
 
 
-async def _pods(cluster: Cluster, name: str) -> list[_Pod]:
-    """The job's pods, the coordinator first, then workers by index, attempt and replacement."""
+async def _pods(cluster: Cluster, name: str, only: str | None) -> list[_Pod]:
+    """The job's pods, the coordinator first, then workers by index, attempt and replacement.
+
+    only: those of this source, such as w1, of every attempt.
+    """
     selector = f"{GROUP}/job-name={name}"
+    if only is not None:
+        role = next((role for role in ROLES if only.startswith(role[0])), None)
+        if role is None or not only[1:].isdecimal():
+            raise UsageError(f"there is no pod {only}: w1 is worker 1, c0 the coordinator")
+        selector += f",{GROUP}/role={role},{GROUP}/index={only[1:]}"
     listed = await cluster.call(
         lambda core: core.list_namespaced_pod(
             cluster.namespace, label_selector=selector, _request_timeout=_ANSWER

@@ -42,7 +42,8 @@ class Reader:
         programs.mkdir()
         (programs / "kubectl").symlink_to(plane.programs["kubectl"])
         (programs / "helm").symlink_to(helm.program)
-        (programs / "cptjob").symlink_to(Path(sys.executable).with_name("cptjob"))
+        for name in ("cptjob", "torchx"):
+            (programs / name).symlink_to(Path(sys.executable).with_name(name))
         self._environment = {
             "HOME": str(folder),
             "PATH": f"{programs}:/usr/bin:/bin",

@@ -38,6 +38,14 @@ def test_a_local_run_needs_no_torch_in_the_client() -> None:
     assert done.stdout == "False\n", done.stderr
 
 
+def test_a_manifest_for_another_namespace_is_not_submitted(place: Path, cptjob: Cli) -> None:
+    file = place / "job.yaml"
+    file.write_text(file.read_text().replace("name: small", "name: small\n  namespace: a"))
+    done = cptjob("submit", "job.yaml", "-n", "b")
+    assert done.returncode == UsageError.exit_code
+    assert done.stderr == "error: the manifest is for namespace a, and not for b\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -12,6 +12,7 @@ import yaml
 from testnodes.cluster import OWNER, Cluster
 
 ROOT = Path(__file__).parents[2]
+TINY = ROOT / "deploy" / "examples" / "tiny.yaml"
 VOLUMES = ROOT / "volumes"  # the model and text that `make setup` makes
 #: What the platform team gave the chart.
 VALUES = {"settings": {"pools": {"default": {}}}}
@@ -41,11 +42,15 @@ class Team:
         return self.cluster.plane.kubectl("-n", self.namespace, *arguments, stdin=stdin)
 
     def apply(self, name: str, changes: dict[str, Any] | None = None) -> None:
+        """Applies `manifest(name, changes)`."""
+        self.kubectl("apply", "-f", "-", stdin=json.dumps(self.manifest(name, changes)))
+
+    def manifest(self, name: str, changes: dict[str, Any] | None = None) -> dict[str, Any]:
         """The tiny example under that name, on a worker on each of two nodes.
 
         changes: other values by path, as in {"spec.training.epochs": 3}.
         """
-        job = yaml.safe_load((ROOT / "deploy" / "examples" / "tiny.yaml").read_text("utf-8"))
+        job: dict[str, Any] = yaml.safe_load(TINY.read_text("utf-8"))
         trainer = {"numNodes": 2, "numProcPerNode": 1, "resourcesPerNode": ALONE}
         usual = {"metadata.name": name, "spec.trainer": trainer}
         for path, value in {**usual, **(changes or {})}.items():
@@ -54,7 +59,7 @@ class Team:
             for parent in parents:
                 place = place.setdefault(parent, {})
             place[last] = value
-        self.kubectl("apply", "-f", "-", stdin=json.dumps(job))
+        return job
 
     # --- what there is ---
 

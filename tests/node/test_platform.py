@@ -1,6 +1,10 @@
 """Where pods go, what they run, and what is said when they cannot."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from team import LONG, VALUES, Team
@@ -86,3 +90,31 @@ def _train_on(team: Team, workers: int) -> None:
     assert len(team.living("job")) == workers
     made = len(team.steps("job"))
     team.wait(lambda: len(team.steps("job")) >= made + 20, "twenty steps more")
+
+
+def test_torchx_runs_a_job_and_reads_what_its_pods_say(team: Team, tmp_path: Path) -> None:
+    program = str(Path(sys.executable).with_name("torchx"))
+    environment = os.environ | {"KUBECONFIG": str(team.cluster.plane.kubeconfig)}
+
+    def torchx(*arguments: str) -> str:
+        done = subprocess.run(
+            [program, *arguments], capture_output=True, text=True, env=environment, timeout=600
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    file = tmp_path / "job.json"
+    file.write_text(json.dumps(team.manifest("first")))
+    place = ("-s", "cptjob", "-cfg", f"namespace={team.namespace}")
+    given = ("--manifest", str(file), "--name", "by-torchx")
+    handle = torchx("run", *place, "cptjob.train", *given).strip()
+    assert handle == f"cptjob://torchx/{team.namespace}:by-torchx"
+    followed = [line.partition(" ") for line in torchx("log", "--tail", handle).splitlines()]
+    assert {pod for pod, _, _ in followed} == {"coordinator/0", "worker/0", "worker/1"}
+    total = team.status("by-torchx")["resolved"]["totalSteps"]
+    assert any(f"step {total} of {total}" in text for _, _, text in followed)
+    prepared = torchx("log", "--regex", "prepared", f"{handle}/coordinator/0").splitlines()
+    assert prepared
+    assert all(line.startswith("coordinator/0 ") and "prepared" in line for line in prepared)
+    team.wait_for("by-torchx", "Complete")
+    assert "State: SUCCEEDED" in torchx("status", handle)
