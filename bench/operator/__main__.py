@@ -15,6 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tests" / "cluster")]
 
+import arms  # noqa: E402
 import costs  # noqa: E402
 import measures  # noqa: E402
 import report  # noqa: E402
@@ -63,33 +64,48 @@ async def one_by_one(asked: argparse.Namespace, at: measures.Sides, say: Say) ->
 
 async def many(asked: argparse.Namespace, kind: str, at: measures.Sides, say: Say) -> None:
     """Many jobs at once, and one with many workers."""
+    if not {"burst", "gang"} & set(asked.only):
+        return
+    alike = await at.alike()
     if "burst" in asked.only:
-        say(report.bursts(kind, await _bursts(asked, at)))
+        say(report.bursts(kind, await _bursts(asked, at, alike)))
     if "gang" in asked.only:
-        found = [await measures.gang(at, asked.gang) for _ in range(asked.rounds)]
-        say(report.gangs(kind, asked.gang, found))
+        say(report.gangs(kind, asked.gang, await _gangs(asked, at, alike)))
 
 
 async def _bursts(
-    asked: argparse.Namespace, at: measures.Sides
-) -> dict[int, list[tuple[measures.Burst, measures.Burst]]]:
-    found: dict[int, list[tuple[measures.Burst, measures.Burst]]] = {}
+    asked: argparse.Namespace, at: measures.Sides, alike: arms.Plain
+) -> dict[int, list[report.Bursts]]:
+    found: dict[int, list[report.Bursts]] = {}
     for number in range(asked.rounds):
         for jobs in asked.jobs:
-            if number % 2:  # neither side always comes first
-                plain = await measures.burst(at, at.plain, jobs)
-                ours = await measures.burst(at, at.ours, jobs)
-            else:
-                ours = await measures.burst(at, at.ours, jobs)
-                plain = await measures.burst(at, at.plain, jobs)
-            found.setdefault(jobs, []).append((ours, plain))
+            turns: list[arms.Arm] = [at.ours, at.plain, alike]
+            if number % 2:  # nobody always comes first
+                turns.reverse()
+            seen = {id(arm): await measures.burst(at, arm, jobs) for arm in turns}
+            ours, plain, like = (seen[id(arm)] for arm in (at.ours, at.plain, alike))
+            found.setdefault(jobs, []).append((ours, plain, like))
             print(
-                f"{jobs} jobs: {ours.rate:.1f}/s, plain {plain.rate:.1f}/s, others "
-                f"{ours.others:.2f} and {plain.others:.2f} cores; {ours.passes:.1f} passes, "
-                f"{report.cpu([ours])} ms, plain {report.cpu([plain])} ms, {ours.calls}",
+                f"{jobs} jobs: {ours.rate:.1f}/s, plain {plain.rate:.1f}/s, of the same pods "
+                f"{like.rate:.1f}/s; others {ours.others:.2f}, {plain.others:.2f}, "
+                f"{like.others:.2f} cores; {ours.passes:.1f} passes, {report.cpu([ours])} ms, "
+                f"plain {report.cpu([plain])} ms, {report.cpu([like])} ms, {ours.calls}",
                 file=sys.stderr,
             )
     return found
+
+
+async def _gangs(
+    asked: argparse.Namespace, at: measures.Sides, alike: arms.Plain
+) -> list[tuple[float, float, float]]:
+    return [
+        (
+            await measures.gang(at, asked.gang),
+            await measures.plain_gang(at.plain, asked.gang),
+            await measures.plain_gang(alike, asked.gang),
+        )
+        for _ in range(asked.rounds)
+    ]
 
 
 async def _sides(asked: argparse.Namespace, stage: stages.Stage, say: Say) -> None:

@@ -20,7 +20,6 @@ _TERMINATION = '{"exitCode": 0, "reason": "Complete", "message": "{}"}'
 class Arm(Protocol):
     """One side. Jobs have `workers` workers; `pods_of` says how many pods that makes."""
 
-    name: str
     namespace: str
 
     def pods_of(self, workers: int) -> int: ...
@@ -33,8 +32,6 @@ class Ours:
 
     group: runs what makes them ready; a failure there ends the measurement.
     """
-
-    name = "cptjob"
 
     def __init__(
         self, client: Client, namespace: str, pods: Pods, group: asyncio.TaskGroup
@@ -108,26 +105,30 @@ class Ours:
         await _clear_pods(self.client, self.namespace, self.pods)
 
 
+_BARE = {
+    "restartPolicy": "Never",
+    "nodeSelector": {"training.cptjob.io/pool": "pool-a"},
+    "containers": [{"name": "trainer", "image": "test.invalid/trainer:1"}],
+}
+
+
 class Plain:
-    """Indexed Jobs of batch/v1 with one pod more than workers, and nothing else."""
+    """Indexed Jobs of batch/v1 with one pod more than workers, and nothing else.
 
-    name = "batch/v1 Job"
+    pod: the spec of their pods; by default as small as one can be.
+    """
 
-    def __init__(self, client: Client, namespace: str, pods: Pods) -> None:
+    def __init__(
+        self, client: Client, namespace: str, pods: Pods, pod: dict[str, Any] | None = None
+    ) -> None:
         self.client, self.namespace, self.pods = client, namespace, pods
+        self._pod = _BARE if pod is None else pod
 
     def pods_of(self, workers: int) -> int:
         return workers + 1
 
     async def create(self, job: str, workers: int) -> None:
         count = self.pods_of(workers)
-        template: dict[str, Any] = {
-            "spec": {
-                "restartPolicy": "Never",
-                "nodeSelector": {"training.cptjob.io/pool": "pool-a"},
-                "containers": [{"name": "trainer", "image": "test.invalid/trainer:1"}],
-            }
-        }
         body = {
             "apiVersion": "batch/v1",
             "kind": "Job",
@@ -137,7 +138,7 @@ class Plain:
                 "completions": count,
                 "parallelism": count,
                 "backoffLimit": 100,
-                "template": template,
+                "template": {"spec": self._pod},
             },
         }
         await self.client.ask("POST", PLAIN_JOBS.format(self.namespace), body)

@@ -24,6 +24,18 @@ class Sides:
     operator: Measured
     client: Client
 
+    async def alike(self) -> Plain:
+        """Made from a worker that the operator makes."""
+        self.ours.eager = True
+        await self.ours.create("like-this", WORKERS)
+        await self.ours.pods.until(lambda: self.ours.pods.of_job["like-this", WORKER] == WORKERS)
+        name = self.ours.pods.names["like-this", WORKER][0]
+        worker = await self.client.ask("GET", f"{PODS.format(self.ours.namespace)}/{name}")
+        self.ours.eager = False
+        await self.ours.clear()
+        worker["spec"].pop("nodeName", None)
+        return Plain(self.client, self.plain.namespace, self.plain.pods, worker["spec"])
+
 
 @contextlib.asynccontextmanager
 async def sides(
@@ -151,22 +163,28 @@ async def burst(at: Sides, arm: Arm, jobs: int) -> Burst:
     return found
 
 
-async def gang(at: Sides, workers: int) -> tuple[float, float]:
-    """Seconds for all workers of one job from its readiness, and for a plain Job of as many."""
+async def gang(at: Sides, workers: int) -> float:
+    """Seconds for all workers of one job, from its readiness."""
     pods, job = at.ours.pods, f"large-{len(at.ours.pods.made)}"
     await at.ours.create(job, workers)
     await pods.until(lambda: pods.of_job[job, COORDINATOR] == 1)
     await settled(at.operator)
     ready = time.perf_counter()
     await at.ours.make_ready(pods.names[job, COORDINATOR][0])
-    ours = await pods.until(lambda: pods.of_job[job, WORKER] >= workers) - ready
+    seconds = await pods.until(lambda: pods.of_job[job, WORKER] >= workers) - ready
     await at.ours.clear()
     await settled(at.operator)
-    plain_pods, begun = at.plain.pods, time.perf_counter()
-    await at.plain.create(job, workers - 1)
-    plain = await plain_pods.until(lambda: plain_pods.of_job[job, ""] >= workers) - begun
-    await at.plain.clear()
-    return ours, plain
+    return seconds
+
+
+async def plain_gang(arm: Plain, workers: int) -> float:
+    """Seconds for all pods of one plain Job, from its creation."""
+    pods, job = arm.pods, f"large-{len(arm.pods.made)}"
+    begun = time.perf_counter()
+    await arm.create(job, workers - 1)
+    seconds = await pods.until(lambda: pods.of_job[job, ""] >= workers) - begun
+    await arm.clear()
+    return seconds
 
 
 # --- a pod is lost ---
