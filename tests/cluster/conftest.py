@@ -195,7 +195,10 @@ def make_lively_world(plane: ControlPlane, api: client.ApiClient, namespace: str
 def make_start(
     plane: ControlPlane, world: World, tmp_path: Path
 ) -> Iterator[Callable[..., RunningOperator]]:
-    """`start(identity=..., kubeconfig=...)` starts an operator; all are killed in the end."""
+    """`start(identity=..., kubeconfig=...)` starts an operator; all are killed in the end.
+
+    All must have said what they said as JSON.
+    """
     started: list[RunningOperator] = []
 
     def start(**more: Any) -> RunningOperator:
@@ -205,6 +208,8 @@ def make_start(
     yield start
     for each in started:
         each.kill()
+    for each in started:
+        assert all("message" in line for line in each.lines), "whatever it did, it told as JSON"
 
 
 @pytest.fixture(scope="module", name="pool")

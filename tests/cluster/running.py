@@ -103,6 +103,13 @@ class RunningOperator:
 
     # --- what it says ---
 
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """Its log, of all its starts. Raises when a line is not one JSON object."""
+        found = [json.loads(line) for line in self.log.read_text().split("\n") if line]
+        assert all(isinstance(line, dict) for line in found), self.log
+        return found
+
     def wait_ready(self) -> "RunningOperator":
         """Returns when it has seen what there is and watches everything."""
         self.plane.wait(lambda: self._alive() and self.get("readyz")[0] == 200, "the operator")

@@ -33,7 +33,7 @@ def attempts(world: World, name: str) -> set[str]:
 def test_a_gang_with_quota_for_some_gives_them_back_and_starts_when_it_is_raised(
     world: World, start: Start
 ) -> None:
-    start(settings=SOON).wait_leading()
+    operator = start(settings=SOON).wait_leading()
     quota = {"metadata": {"name": "few"}, "spec": {"hard": {"count/pods": "4"}}}
     world.core.create_namespaced_resource_quota(world.namespace, quota)
     world.wait(
@@ -54,6 +54,16 @@ def test_a_gang_with_quota_for_some_gives_them_back_and_starts_when_it_is_raised
     world.core.patch_namespaced_resource_quota("few", world.namespace, more)
     world.run("job", 8)
     assert counts(world, "job")[1] == 0, "that counts against nothing"
+    # The log names the job, and the generation and attempt that the pass looked at.
+    about = {"namespace": world.namespace, "job": "job"}
+    first, later = about | {"generation": 1, "attempt": 0}, about | {"generation": 2, "attempt": 1}
+    for message, passed in (
+        ("Pod refused: ", first),
+        ("deleting Pod", first),
+        ("Pod refused", later),
+    ):
+        said = [line for line in operator.lines if line["message"].startswith(message)]
+        assert any(passed.items() <= line.items() for line in said), (message, passed)
 
 
 def test_a_gang_of_which_half_finds_nodes_leaves_them_to_others_and_tries_again(
