@@ -231,7 +231,10 @@ class AsyncClient:
         if self._api is None:
             await self._connect()
         try:
-            return await request(self._api)
+            answer = await request(self._api)
+            if isinstance(answer, aiohttp.ClientResponse) and not answer.ok:
+                raise await _refused(answer)
+            return answer
         except client.ApiException as error:
             if error.status == 401 and again:
                 await self.close()
@@ -296,6 +299,13 @@ class AsyncClient:
 
 def _job(document: Object) -> CPTJob:
     return CPTJob.from_json(json.dumps(document))
+
+
+async def _refused(answer: aiohttp.ClientResponse) -> client.ApiException:
+    """What the library raises by itself, unless the answer is a stream."""
+    error = client.ApiException(status=answer.status, reason=answer.reason)
+    error.body = await answer.text()
+    return error
 
 
 def _said(error: client.ApiException) -> Object:

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, Protocol
 
 import aiohttp
@@ -11,7 +12,7 @@ from kubernetes.aio import client
 
 from cptjob.standing import ENDED, is_true
 from cptjob_api.job import GROUP, CPTJob
-from cptjob_trainer.errors import MissingInputError, UsageError
+from cptjob_trainer.errors import ClusterError, MissingInputError, UsageError
 
 #: Of a job's pods. A source begins with the first letter of its pod's.
 ROLES = ("coordinator", "worker")
@@ -163,7 +164,9 @@ async def _pods(cluster: Cluster, name: str, only: str | None) -> list[_Pod]:
 async def _lines(
     cluster: Cluster, pod: _Pod, *, tail: int | None, follow: bool = False
 ) -> AsyncGenerator[LogLine]:
-    """A pod that goes meanwhile ends its stream; so does a node that is lost."""
+    """A pod that goes meanwhile ends its stream; so does a node that is lost. One that cannot be asked
+    is told in a line.
+    """
     more = {} if tail is None else {"tail_lines": tail}
     try:
         response = await cluster.call(
@@ -178,6 +181,11 @@ async def _lines(
             )
         )
     except MissingInputError:
+        return
+    except ClusterError as error:
+        # The other pods may have something to say.
+        now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+        yield LogLine(pod.source, now, f"the log of {pod.name} cannot be read: {error}")
         return
     try:
         async for raw in _split(response.content.iter_any()):

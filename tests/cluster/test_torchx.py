@@ -70,6 +70,11 @@ def test_the_commands_tell_a_story(world: World, torchx: Torchx) -> None:
     assert "story: Running\n" in page
     assert torchx("list").stdout.splitlines()[-1].split() == [handle, "RUNNING"]
     assert "'num_replicas': 2" in torchx("describe", handle).stdout
+    said = torchx("log", handle).stdout.splitlines()
+    assert {line.split()[0] for line in said} == {"coordinator/0", "worker/0", "worker/1"}
+    assert torchx("log", "--regex", "cannot be read", f"{handle}/worker/1").stdout.startswith(
+        "worker/1 the log of story-"
+    )
     world.complete("story")
     world.wait(lambda: world.status("story").get("phase") == "Complete", "the job to be complete")
     assert re.search(r"State: SUCCEEDED\n", torchx("status", handle).stdout)
@@ -114,10 +119,11 @@ def test_what_is_refused_is_told_without_a_traceback(
     assert not world.find("tiny")
 
 
-def test_torchx_keeps_running_on_this_machine(torchx: Torchx) -> None:
-    done = torchx("run", "-s", "local_cwd", "utils.echo", "--msg", "hello")
+def test_torchx_keeps_running_on_this_machine(torchx: Torchx, tmp_path: Path) -> None:
+    here = ("run", "-s", "local_cwd", "-cfg", "log_dir=logs")
+    done = torchx(*here, "utils.touch", "--file", "made")
     assert done.returncode == 0, done.stderr
-    assert "hello" in done.stderr
-    trains = torchx("run", "-s", "local_cwd", "cptjob.train", "--manifest", TINY)
-    assert trains.returncode == 1
-    assert "cptjob.train is for `torchx run -s cptjob`" in trains.stderr
+    assert (tmp_path / "made").exists()
+    assert torchx(*here, "cptjob.train", "--manifest", TINY).returncode == 1
+    said = "".join(each.read_text() for each in (tmp_path / "logs").rglob("worker/0/stderr.log"))
+    assert said.startswith("cptjob.train is for `torchx run -s cptjob`")
