@@ -222,7 +222,8 @@ class Operator:
 
     def _sick(self) -> str:
         age = self.freshness.age()
-        if self.freshness.begun and age > handlers.DEAD_AFTER_SECONDS:
+        # Once everything was listed every watch is due: one that never began is dead as well.
+        if self.lister.synced and age > handlers.DEAD_AFTER_SECONDS:
             return f"a watch was not heard of for {age:.0f} s"
         return ""
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ class RunningOperator:
     """`python -m cptjob_operator` for the jobs of one namespace; its lease is there too.
 
     identity: two operators with the same one are one that was started anew.
+    program: what Python is to run in place of it.
     """
 
     def __init__(
@@ -32,9 +34,10 @@ class RunningOperator:
         kubeconfig: Path | None = None,
         identity: str = "one",
         settings: dict[str, Any] | None = None,
+        program: Sequence[str] = ("-m", "cptjob_operator"),
     ) -> None:
         self.plane, self.folder, self.namespace = plane, folder, namespace
-        self.identity = identity
+        self.identity, self._program = identity, program
         self._kubeconfig = kubeconfig or plane.kubeconfig
         self.metrics_port, self._probe_port = free_ports(2)
         self._process: subprocess.Popen[bytes] | None = None
@@ -58,8 +61,8 @@ class RunningOperator:
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "cptjob_operator", "--settings", str(self._settings)),
-                    *("--namespace", self.namespace),
+                    *(sys.executable, *self._program),
+                    *("--settings", str(self._settings), "--namespace", self.namespace),
                 ],
                 stdout=log,
                 stderr=log,

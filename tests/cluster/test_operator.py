@@ -4,6 +4,7 @@ import collections
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 
 from kubernetes import client
 from running import LEASE_SECONDS, RunningOperator
@@ -233,6 +234,31 @@ def test_what_goes_while_no_watch_holds_is_noticed(
         world.kubelet.finish(world.namespace, gone)
     world.wait(lambda: len(world.pods()) == 2, "its replacement")
     assert gone not in [pod.metadata.name for pod in world.pods()]
+
+
+def test_its_probes_fail_while_its_watches_do_not_begin_or_do_not_go_on(
+    world: World, start: Start, proxy: FaultProxy
+) -> None:
+    hasty = (str(Path(__file__).with_name("hasty_operator.py")),)
+
+    def says(path: str, code: int, words: str) -> bool:
+        answer = operator.get(path)
+        return answer[0] == code and words in answer[1]
+
+    with proxy.no_watches():
+        operator = start(kubeconfig=proxy.kubeconfig(), program=hasty)
+        world.wait(lambda: says("readyz", 503, "not everything is watched yet"), "its lists")
+        world.wait(lambda: says("healthz", 503, "a watch was not heard of for"), "it to be sick")
+    world.wait(lambda: says("healthz", 200, "ok"), "it to be well again")
+    operator.wait_leading()
+    world.create("before")
+    world.wait(lambda: world.pods("coordinator"), "the coordinator")
+    with proxy.no_watches():
+        world.wait(lambda: says("healthz", 503, "a watch was not heard of for"), "it to be sick")
+        assert operator.get("readyz")[0] == 200, "no other would serve what it serves"
+        world.create("after")
+    world.wait(lambda: says("healthz", 200, "ok"), "it to be well again")
+    world.wait(lambda: len(world.pods("coordinator")) == 2, "it to go on")
 
 
 def test_it_goes_on_when_the_api_server_is_back(
