@@ -2,6 +2,7 @@
 
 from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
 
 from prometheus_client import (
     CollectorRegistry,
@@ -12,12 +13,14 @@ from prometheus_client import (
 )
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+from pydantic import TypeAdapter, ValidationError
 
 from cptjob_api.conditions import Phase
 from cptjob_api.status import CPTJobStatus
-from cptjob_operator.edge.cache import Cache
+from cptjob_operator.edge.cache import Cache, Job
 from cptjob_operator.queue import Queue
 
+_STATUS = TypeAdapter(CPTJobStatus)
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 20.0)
 
 
@@ -102,7 +105,8 @@ class State(Collector):
             jobs.add_metric([phase], phases[phase])
         jobs.add_metric([""], phases[""])
         yield jobs
-        excluded = sum(job.excluded for job in self._cache.jobs.values())
+        now = datetime.now(UTC)
+        excluded = sum(_avoids(job, now) for job in self._cache.jobs.values())
         yield _gauge("excluded_nodes", "Nodes that jobs avoid, counted by job.", excluded)
         leads = self._leads()  # for one that does not lead, no job waits
         depth, age = (self._queue.depth(), self._queue.age()) if leads else (0, 0.0)
@@ -118,6 +122,17 @@ class State(Collector):
         for kind, seconds in self._watch_ages().items():
             ages.add_metric([kind], seconds)
         yield ages
+
+
+def _avoids(job: Job, now: datetime) -> int:
+    """How many nodes: what stays in the status when their time or the job's is over is history."""
+    if not job.excluded or job.phase in (Phase.COMPLETE, Phase.FAILED):
+        return 0
+    try:
+        known = _STATUS.validate_json(job.parts.status, by_alias=True, by_name=False).excluded_nodes
+    except ValidationError:
+        return job.excluded
+    return sum(each.until is None or each.until > now for each in known)
 
 
 def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:

@@ -1,5 +1,8 @@
 """What the operator tells Prometheus."""
 
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
 from cptjob_operator.edge.cache import Cache
 from cptjob_operator.identity import JobKey
 from cptjob_operator.metrics import State
@@ -19,3 +22,35 @@ def test_no_job_waits_for_an_operator_that_does_not_lead() -> None:
     names = ("cptjob_leader", "cptjob_queue_depth", "cptjob_queue_age_seconds")
     assert [_figures(leads=True)[name] for name in names] == [1.0, 1.0, 3600.0]
     assert [_figures(leads=False)[name] for name in names] == [0.0, 0.0, 0.0]
+
+
+def _avoided(*statuses: dict[str, Any]) -> float:
+    """Nodes that jobs of these statuses avoid, as Prometheus hears."""
+    cache = Cache()
+    for number, status in enumerate(statuses):
+        about = {"namespace": "team", "name": f"job-{number}", "uid": f"uid-{number}"}
+        cache.put_job({"metadata": about | {"resourceVersion": "1"}, "spec": {}, "status": status})
+    (found,) = [
+        each.value
+        for metric in State(cache, Queue(), lambda: True, dict).collect()
+        for each in metric.samples
+        if each.name == "cptjob_excluded_nodes"
+    ]
+    return found
+
+
+def test_a_node_counts_as_avoided_until_its_time_or_the_jobs_is_over() -> None:
+    now = datetime.now(UTC)
+    later, before = (now + timedelta(hours=sign) for sign in (1, -1))
+    node = {"reason": "boom", "failures": 1}
+    nodes = [
+        node | {"name": "a", "until": later.isoformat()},
+        node | {"name": "b", "until": before.isoformat()},
+        node | {"name": "c"},
+    ]
+    assert _avoided({"phase": "Running", "excludedNodes": nodes}, {"phase": "Running"}) == 2
+    assert _avoided({"phase": "Running", "excludedNodes": nodes[1:2]}) == 0
+    for end in ("Complete", "Failed"):
+        assert _avoided({"phase": end, "excludedNodes": nodes}) == 0
+    unreadable = [{"name": 3}, {"name": "d"}]
+    assert _avoided({"phase": "Running", "excludedNodes": unreadable}) == 2
