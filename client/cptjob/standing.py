@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from cptjob_api.conditions import Condition
-from cptjob_api.job import CPTJob
+from cptjob_api.job import TENSORBOARD_PORT, CPTJob, tensorboard_name
 from cptjob_api.status import CPTJobStatus
 from cptjob_trainer.training.narrator import describe
 
@@ -98,7 +98,22 @@ def _facts(job: CPTJob, status: CPTJobStatus) -> list[tuple[str, str]]:
         ("Last failure", f"{failure.pod}: {failure.message}" if failure else ""),
         ("Output", (result.output_uri or "") if result else ""),
         ("Model", (result.model_uri or "") if result else ""),
+        ("TensorBoard", _tensorboard(job, status)),
     ]
+
+
+def _tensorboard(job: CPTJob, status: CPTJobStatus) -> str:
+    """How to open it, from when the operator makes it."""
+    prepared = status.condition(Condition.PREPARED)
+    is_prepared = prepared is not None and prepared.status == "True"
+    if not job.spec.tracking.tensor_board or not (is_prepared or status.phase == "Complete"):
+        return ""
+    service = f"svc/{tensorboard_name(job.metadata.name)}"
+    port = TENSORBOARD_PORT
+    return (
+        f"http://localhost:{port} after kubectl port-forward -n {job.metadata.namespace} "
+        f"{service} {port}"
+    )
 
 
 def progress(job: CPTJob) -> dict[str, Any]:

@@ -204,7 +204,7 @@ class Reason(_Word):
     CLAIM_NOT_SHARED = (
         "ClaimNotShared",
         "A ReadWriteOnce claim cannot serve several nodes.",
-        "Take a ReadWriteMany claim, or one node.",
+        "Take a ReadWriteMany claim, or one node without TensorBoard.",
     )
     RESTARTS_EXHAUSTED = (
         "RestartsExhausted",

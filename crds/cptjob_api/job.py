@@ -17,6 +17,16 @@ VERSION = "v1alpha1"
 API_VERSION = f"{GROUP}/{VERSION}"
 KIND = "CPTJob"
 PLURAL = "cptjobs"
+#: Where a job's curves are served.
+TENSORBOARD_PORT = 6006
+
+
+def tensorboard_name(job_name: str) -> str:
+    """Name of the Deployment and Service that show a job's curves, where it asks for them.
+
+    People type it, so it is the same each time that a job is made anew.
+    """
+    return f"{job_name}-tensorboard"
 
 
 class ObjectMeta(Strict):

@@ -41,7 +41,6 @@ from cptjob_trainer.config import (
     ResolvedTraining,
     StorageUri,
     Strict,
-    TrackingInput,
     TrainerConfig,
     ValidationInput,
     rule,
@@ -357,7 +356,6 @@ def accepted_config(
             num_nodes=spec.trainer.num_nodes, num_proc_per_node=resolved.num_proc_per_node
         ),
         hang_detection=spec.hang_detection,
-        tracking=TrackingInput(tensor_board=spec.tracking.tensor_board),
         paths=Paths(output=output) if prepared is None else Paths(output=output, prepared=prepared),
     )
 

@@ -303,7 +303,10 @@ class MLflow(Strict):
 class Tracking(Strict):
     """Where metrics go besides the output."""
 
-    tensor_board: bool = Field(default=True, description="Write TensorBoard event files.")
+    tensor_board: bool = Field(
+        default=False,
+        description="On a cluster, show the job's curves with TensorBoard for as long as it is there.",
+    )
     mlflow: MLflow | None = Field(
         default=None,
         description="An MLflow run that metrics go to.",

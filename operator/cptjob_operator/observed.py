@@ -75,6 +75,7 @@ class Pod:
     owner_uid: str | None
     bound_to: str | None = None  # the only node that it may go to, as a coordinator for its worker
     num_nodes: int | None = None  # workers of the gang that it was made for, as a worker
+    pull_secrets: tuple[str, ...] = ()  # that it names, or its service account does for it
 
     @property
     def finished(self) -> bool:
@@ -108,7 +109,7 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Child:
-    """A ConfigMap, Service or NetworkPolicy of the job that exists."""
+    """An object of the job beside its pods that exists."""
 
     kind: str
     name: str

@@ -6,6 +6,7 @@ operator change a job that was accepted.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 from pydantic import ConfigDict, Field
@@ -15,7 +16,7 @@ from cptjob_api.job import CPTJob
 from cptjob_api.resolve import Resolved, gpus
 from cptjob_api.storage import Storage
 from cptjob_operator.settings import Pool, Security, Settings, Toleration
-from cptjob_trainer.config import Strict
+from cptjob_trainer.config import Paths, Strict
 
 #: Label of a job that puts its workers into a queue of Kueue.
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
@@ -112,6 +113,10 @@ class Profile(Frozen):
     security: Security = Field(default="restricted", description="Pod Security standard.")
     termination_seconds: int = Field(description="Time that a pod has to save and end.")
     model_path: str = Field(description="Where pods find the base model.")
+    log_dir: str | None = Field(
+        default=None,
+        description="Where TensorBoard finds event files; None in a job that did not ask for it.",
+    )
 
     @property
     def output_claim(self) -> str | None:
@@ -167,6 +172,7 @@ def freeze(job: CPTJob, resolved: Resolved, settings: Settings) -> Profile:
         security=_security(job, pool),
         termination_seconds=spec.checkpoint.grace_period_seconds + jobs.grace_margin_seconds,
         model_path=path_of(spec.model.storage_uri),
+        log_dir=_log_dir(resolved.output_uri) if spec.tracking.tensor_board else None,
     )
 
 
@@ -204,6 +210,11 @@ def _read(job: CPTJob) -> Iterator[str]:
     yield job.spec.model.storage_uri
     yield from (each.storage_uri for each in job.spec.datasets)
     yield from (each.storage_uri for each in job.spec.validation.datasets)
+
+
+def _log_dir(output: str | None) -> str:
+    assert output is not None, "a job without an output is refused"
+    return str(Paths(output=Path(path_of(output))).events)
 
 
 def _mounts(job: CPTJob, output: str | None) -> tuple[Mount, ...]:

@@ -2,7 +2,7 @@
 
 The order is fixed. The status goes first: it holds what makes a replacement a new one (attempt,
 incarnation, what was resolved), and is written under the resourceVersion that was looked at, so
-that of two operators one gets no further. Then deletions, then objects, then events.
+that of two operators one gets no further. Then events, deletions, objects, and what is extra.
 """
 
 from dataclasses import dataclass, field
@@ -44,6 +44,8 @@ class Wanted:
     status: the whole status as it should read; None leaves it as it is.
     urgent: False when the status only tells more and nothing was decided: the write may wait.
     objects: manifests that are missing or differ; written by server-side apply, pods by POST.
+    extras: the same for objects that the job's pods can do without. They come last, and one that is
+    refused holds nothing up.
     again: when to look again though nothing happened; None is never.
     """
 
@@ -51,6 +53,7 @@ class Wanted:
     urgent: bool = True
     deletions: tuple[Deletion, ...] = ()
     objects: tuple[dict[str, Any], ...] = ()
+    extras: tuple[dict[str, Any], ...] = ()
     events: tuple[Event, ...] = ()
     again: datetime | None = None
     #: Figures for the operator's own metrics: restarts by cause, in this pass.

@@ -187,7 +187,7 @@ OTHER: dict[str, Any] = {
     "scheduling": {"pool": "other"},
     "failurePolicy": {"maxRestarts": 1},
     "hangDetection": {"stepTimeoutSeconds": 1},
-    "tracking": {"tensorBoard": False},
+    "tracking": {"tensorBoard": True},
     "suspend": True,
     "activeDeadlineSeconds": 1,
     "startupDeadlineSeconds": 1,

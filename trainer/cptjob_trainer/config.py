@@ -475,11 +475,10 @@ class Paths(Strict):
         description="Tokenised data; shared between jobs when it is given.",
     )
 
-
-class TrackingInput(Strict):
-    """Where metrics go besides the output's own files."""
-
-    tensor_board: bool = Field(default=True, description="Write TensorBoard event files.")
+    @property
+    def events(self) -> Path:
+        """TensorBoard's event files."""
+        return self.output / "tensorboard"
 
 
 class AcceptedConfig(Strict):
@@ -506,7 +505,6 @@ class AcceptedConfig(Strict):
     hang_detection: HangDetection = Field(
         default=HangDetection(), description="When a gang is taken for hung."
     )
-    tracking: TrackingInput = Field(default=TrackingInput(), description="Where metrics go.")
     paths: Paths = Field(description="Directories of this run.")
     compile: Literal["Auto", "Always", "Never"] = Field(
         default="Auto", description="Whether the model is compiled; Auto where it pays."
@@ -554,7 +552,6 @@ _NOT_DIGESTED: dict[str, Any] = {
     "elastic": True,
     "hang_detection": True,
     "checkpoint": True,
-    "tracking": True,
     "model": True,
     "datasets": {"__all__": {"uri", "path"}},
     "training": set(DIVISION),

@@ -29,6 +29,10 @@ What the operator asks of the API server, one rule a resource. A test takes each
 - apiGroups: [networking.k8s.io]
   resources: [networkpolicies]
   verbs: [get, list, create, patch]
+# TensorBoard, for jobs that ask for it.
+- apiGroups: [apps]
+  resources: [deployments]
+  verbs: [get, list, create, patch]
 # A claim that only one node can mount is told before pods wait for it.
 - apiGroups: [""]
   resources: [persistentvolumeclaims]

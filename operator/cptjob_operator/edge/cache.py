@@ -66,7 +66,7 @@ class Cache:
         self._node_versions: dict[str, int] = {}
         self._keys: dict[JobId, JobKey] = {}
         self._pods: dict[JobId, _Pods] = {}
-        self._children: dict[JobId, dict[str, Child]] = {}  # by kind
+        self._children: dict[JobId, dict[tuple[str, str], Child]] = {}  # by kind and name
         self._child_versions: dict[str, int] = {}
         self._profiles: dict[JobId, str] = {}  # frozen, as JSON
         self._graves: OrderedDict[str, None] = OrderedDict()
@@ -256,36 +256,34 @@ class Cache:
     # --- children ---
 
     def put_child(self, kind: str, body: Mapping[str, Any]) -> None:
-        """A ConfigMap, Service or NetworkPolicy of ours, from a list or an answer."""
+        """An object of ours beside the pods, from a list or an answer."""
         child, version = parse.child(kind, body), parse.version(body)
         job = parse.job_id(body)
-        if job is None or child.name != parse.child_name(body):
+        if job is None or child.name not in parse.child_names(kind, body):
             return
         if version < self._child_versions.get(child.uid, 0):
             return
         self._child_versions[child.uid] = version
-        self._children.setdefault(job, {})[kind] = child
+        self._children.setdefault(job, {})[kind, child.name] = child
         data = body.get("data")
         if kind == "ConfigMap" and isinstance(data, dict) and child.owner_uid == job.uid:
             self._profiles[job] = str(data.get(PROFILE_FILE) or "")
 
-    def drop_child(self, job: JobId, kind: str) -> None:
+    def drop_child(self, job: JobId, child: Child) -> None:
         """The API server says that there is no such child."""
-        child = self._children.get(job, {}).pop(kind, None)
-        if child is not None:
+        if self._children.get(job, {}).pop((child.kind, child.name), None) is not None:
             self._child_versions.pop(child.uid, None)
-        if kind == "ConfigMap":
+        if child.kind == "ConfigMap":
             self._profiles.pop(job, None)
 
     def replace_children(self, kind: str, seen: Iterable[str], version: int) -> None:
         """`seen` are the uids of all children of that kind that there were at `version`."""
         uids = set(seen)
         for job, children in list(self._children.items()):
-            child = children.get(kind)
-            if child is None or child.uid in uids:
-                continue
-            if self._child_versions.get(child.uid, 0) <= version:
-                self.drop_child(job, kind)
+            for child in [each for each in children.values() if each.kind == kind]:
+                if child.uid in uids or self._child_versions.get(child.uid, 0) > version:
+                    continue
+                self.drop_child(job, child)
                 key = self._keys.get(job)
                 if key is not None:
                     self.changed(key, 0.0)

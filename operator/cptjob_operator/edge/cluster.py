@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from cptjob_api.conditions import Reason
 from cptjob_api.job import CPTJob, ObjectMeta
 from cptjob_api.status import CPTJobStatus
 from cptjob_operator.edge import cache, kinds, merge, parse
@@ -101,7 +102,8 @@ class Cluster:
         self._reported, self._clock = reported, clock
         self._parsed: OrderedDict[str, CPTJob] = OrderedDict()  # by uid
         self._held: dict[str, float] = {}  # uid of a job -> since when its counts wait
-        self._refused: dict[str, dict[str, _Refusal]] = {}
+        self._refused: dict[str, dict[str, _Refusal]] = {}  # uid of a job -> by kind
+        self._refused_extras: dict[str, dict[str, _Refusal]] = {}  # likewise
         self._stood: dict[str, float] = {}  # uid of a job -> when its children were last seen
         self._read: OrderedDict[tuple[str, str, str], tuple[float, asyncio.Future[Any]]]
         self._read = OrderedDict()
@@ -328,7 +330,10 @@ class Cluster:
         whole = self._refused.get(uid, {}).keys() <= {kinds.POD.name}
         whole = whole and await self._children_stand(job, pods)
         made = whole and await self._make_pods(job, pods)
-        return bool(wanted.deletions or objects or made)
+        refused = self._refused_extras.get(uid, {})
+        extras = [each for each in wanted.extras if not self._too_soon(refused.get(each["kind"]))]
+        await _each(extras, lambda each: self._make_extra(job, each))
+        return bool(wanted.deletions or objects or made or extras)
 
     def tell_of(self, key: JobKey, uid: str, event: Event) -> None:
         """An Event on the job. It is sent in the background: none is worth a wait."""
@@ -348,6 +353,7 @@ class Cluster:
         self._parsed.pop(uid, None)
         self._held.pop(uid, None)
         self._refused.pop(uid, None)
+        self._refused_extras.pop(uid, None)
         self._stood.pop(uid, None)
         self._reports.forget(uid)
         self._recorder.forget(uid)
@@ -394,28 +400,48 @@ class Cluster:
             self._known.drop_job(_key(job), what.uid)
 
     async def _make_child(self, job: CPTJob, manifest: Document) -> None:
-        kind, namespace = kinds.kind_of(manifest), job.metadata.namespace or ""
-        uid, name = job.metadata.uid or "", manifest["metadata"]["name"]
-        there = {each.kind: each for each in self._known.children_of(_id(job))}
+        uid, kind = job.metadata.uid or "", kinds.kind_of(manifest)
+        refusal = await self._put_child(job, kind, manifest)
+        if refusal is None:
+            self._stood[uid] = self._clock()
+            self._permit(uid, kind)
+        elif refusal:
+            self._refuse(job, kind, refusal)
+
+    async def _make_extra(self, job: CPTJob, manifest: Document) -> None:
+        """Makes what pods can do without. That it is refused is told by an Event, and no more."""
+        uid, kind = job.metadata.uid or "", kinds.kind_of(manifest)
+        refusal = await self._put_child(job, kind, manifest)
+        refused = self._refused_extras.setdefault(uid, {})
+        refused.pop(kind.name, None)
+        if refusal:
+            refused[kind.name] = _Refusal(refusal, self._clock() + REFUSED_SECONDS)
+            name = manifest["metadata"]["name"]
+            message = f"{kind.name} {name} refused: {refusal}; the job goes on without it"
+            self.tell_of(_key(job), uid, Event("Warning", Reason.REFUSED, message))
+
+    async def _put_child(self, job: CPTJob, kind: kinds.Kind, manifest: Document) -> str | None:
+        """Makes it, or brings it back to what it should be.
+
+        Returns None once it is there; else why it is refused, "" where everything is about to go.
+        """
+        namespace, name = job.metadata.namespace or "", manifest["metadata"]["name"]
+        uid = job.metadata.uid or ""
+        known = self._known.children_of(_id(job))
+        ours = (kind.name, name, uid) in ((each.kind, each.name, each.owner_uid) for each in known)
         try:
-            if kind.name in there and there[kind.name].owner_uid == uid:
-                answer = await self._api.apply(kind, namespace, manifest)
-            else:
-                answer = await self._api.post(kind, namespace, manifest)
+            put = self._api.apply if ours else self._api.post
+            answer = await put(kind, namespace, manifest)
         except AlreadyExists:
             answer = await self._api.get(kind, namespace, name)
             if parse.owner_uid(answer) != uid:
-                self._refuse(job, kind, _foreign(kind, name))
-                return
+                return _foreign(kind, name)
         except (Forbidden, Invalid) as error:
-            if not _terminating(error):
-                self._refuse(job, kind, str(error))
-            return
+            return "" if _terminating(error) else str(error)
         except NotFound:
-            return  # the namespace is gone, and the job with it
+            return ""  # the namespace is gone, and the job with it
         self._known.put_child(kind.name, answer)
-        self._stood[uid] = self._clock()
-        self._permit(uid, kind)
+        return None
 
     async def _children_stand(self, job: CPTJob, pods: list[Document]) -> bool:
         """False when a child that pods need was deleted meanwhile: the next pass makes it anew.
@@ -439,7 +465,7 @@ class Cluster:
     async def _look_at_child(self, id: JobId, child: Child) -> None:
         kind = kinds.kind(child.kind)
         if await self._uid_of(kind, id.namespace, child.name) != child.uid:
-            self._known.drop_child(id, child.kind)
+            self._known.drop_child(id, child)
 
     async def _make_pods(self, job: CPTJob, manifests: list[Document]) -> bool:
         """True when any was asked for. After a refusal one is tried, and the others after it."""

@@ -38,11 +38,12 @@ CONFIG_MAP = Kind("v1", "ConfigMap", "configmaps")
 SERVICE = Kind("v1", "Service", "services")
 CLAIM = Kind("v1", "PersistentVolumeClaim", "persistentvolumeclaims")
 NETWORK_POLICY = Kind("networking.k8s.io/v1", "NetworkPolicy", "networkpolicies")
+DEPLOYMENT = Kind("apps/v1", "Deployment", "deployments")
 EVENT = Kind("events.k8s.io/v1", "Event", "events")
 LEASE = Kind("coordination.k8s.io/v1", "Lease", "leases")
 
 #: What a job owns beside its pods. Nobody watches these: they are listed.
-CHILDREN = (CONFIG_MAP, SERVICE, NETWORK_POLICY)
+CHILDREN = (CONFIG_MAP, SERVICE, NETWORK_POLICY, DEPLOYMENT)
 _BY_NAME = {each.name: each for each in (JOB, POD, *CHILDREN)}
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast, get_args
 
 from pydantic_core import to_json
 
-from cptjob_api.job import API_VERSION, KIND
+from cptjob_api.job import API_VERSION, KIND, tensorboard_name
 from cptjob_operator.identity import JOB_NAME, JOB_UID, NODE, NUM_NODES, JobId, PodId, base
 from cptjob_operator.objects.children import HASH
 from cptjob_operator.observed import (
@@ -69,6 +69,9 @@ def pod(body: Mapping[str, Any]) -> Pod | None:
         owner_uid=owner_uid(body),
         bound_to=_text(_map(about, "annotations"), NODE) or None,
         num_nodes=_count(_map(about, "annotations"), NUM_NODES),
+        pull_secrets=tuple(
+            filter(None, (_name(each, "name") for each in _maps(spec, "imagePullSecrets")))
+        ),
     )
 
 
@@ -136,10 +139,12 @@ def job_id(body: Mapping[str, Any]) -> JobId | None:
     return JobId(_name(about, "namespace"), uid) if uid else None
 
 
-def child_name(body: Mapping[str, Any]) -> str:
-    """The name that an object of ours, which is not a pod, must have by its labels."""
+def child_names(kind: str, body: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names that an object of ours, which is not a pod, may have by its labels."""
     labels = _map(_map(body, "metadata"), "labels")
-    return base(_text(labels, JOB_NAME), _text(labels, JOB_UID))
+    job = _text(labels, JOB_NAME)
+    common = base(job, _text(labels, JOB_UID))
+    return (common,) if kind == "ConfigMap" else (common, tensorboard_name(job))
 
 
 class Holder(NamedTuple):

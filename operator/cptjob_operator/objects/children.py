@@ -53,7 +53,7 @@ def config_map(job: CPTJob, profile: Profile, config: AcceptedConfig) -> Manifes
         CONFIG_FILE: config.model_dump_json(indent=2) + "\n",
         PROFILE_FILE: profile.model_dump_json(indent=2) + "\n",
     }
-    return _child(job, "v1", "ConfigMap", {"immutable": True, "data": data})
+    return child(job, "v1", "ConfigMap", {"immutable": True, "data": data})
 
 
 def service(job: CPTJob) -> Manifest:
@@ -68,7 +68,7 @@ def service(job: CPTJob) -> Manifest:
             {"name": "http", "port": HTTP_PORT, "targetPort": HTTP_PORT, "protocol": "TCP"},
         ],
     }
-    return _child(job, "v1", "Service", {"spec": spec})
+    return child(job, "v1", "Service", {"spec": spec})
 
 
 def network_policy(job: CPTJob, network: Network) -> Manifest:
@@ -92,20 +92,23 @@ def network_policy(job: CPTJob, network: Network) -> Manifest:
             {"from": readers, "ports": [{"protocol": "TCP", "port": HTTP_PORT}]},
         ],
     }
-    return _child(job, "networking.k8s.io/v1", "NetworkPolicy", {"spec": spec})
+    return child(job, "networking.k8s.io/v1", "NetworkPolicy", {"spec": spec})
 
 
 def _namespace(name: str) -> Manifest:
     return {"matchLabels": {_NAMESPACE_LABEL: name}}
 
 
-def _child(job: CPTJob, version: str, kind: str, content: Manifest) -> Manifest:
-    name, uid = job.metadata.name, job.metadata.uid or ""
+def child(
+    job: CPTJob, version: str, kind: str, content: Manifest, *, name: str | None = None
+) -> Manifest:
+    """An object of the job, with its hash. `name`: None is the one that most of them share."""
+    of_job, uid = job.metadata.name, job.metadata.uid or ""
     metadata = {
-        "name": base(name, uid),
+        "name": name or base(of_job, uid),
         "namespace": job.metadata.namespace,
-        "labels": job_labels(name, uid),
-        "ownerReferences": [owner(name, uid)],
+        "labels": job_labels(of_job, uid),
+        "ownerReferences": [owner(of_job, uid)],
     }
     manifest = {"apiVersion": version, "kind": kind, "metadata": metadata, **content}
     text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))

@@ -138,7 +138,7 @@ def _spec(job: CPTJob, profile: Profile, container: Manifest, affinity: Manifest
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         "terminationGracePeriodSeconds": profile.termination_seconds,
-        "securityContext": _pod_security(profile),
+        "securityContext": pod_security(profile),
         "affinity": affinity,
         "tolerations": placement.tolerations(profile),
         "containers": [container],
@@ -164,7 +164,7 @@ def _container(profile: Profile, module: str, arguments: list[str]) -> Manifest:
         "imagePullPolicy": profile.image_pull_policy,
         "command": ["python", "-m", module, "--config", f"{CONFIG}/config.json", *arguments],
         "env": [_NODE_NAME, *({"name": name, "value": environment[name]} for name in environment)],
-        "securityContext": _container_security(profile),
+        "securityContext": container_security(profile),
         "volumeMounts": _mounts(profile),
     }
     if profile.secret_refs:
@@ -172,7 +172,8 @@ def _container(profile: Profile, module: str, arguments: list[str]) -> Manifest:
     return container
 
 
-def _pod_security(profile: Profile) -> Manifest:
+def pod_security(profile: Profile) -> Manifest:
+    """What the pods of the job may do, by the standard that its pool keeps to."""
     context: Manifest = {"seccompProfile": {"type": "RuntimeDefault"}}
     if profile.security == "restricted":
         context["runAsNonRoot"] = True
@@ -185,7 +186,8 @@ def _pod_security(profile: Profile) -> Manifest:
     return context
 
 
-def _container_security(profile: Profile) -> Manifest:
+def container_security(profile: Profile) -> Manifest:
+    """The same of their containers."""
     if profile.security == "baseline":
         return {"allowPrivilegeEscalation": False}
     return {

@@ -1,5 +1,6 @@
 """Rules for a job that ends, has ended, or is none of ours. Pure."""
 
+from dataclasses import replace
 from datetime import datetime, timedelta
 
 from pydantic_core import from_json
@@ -46,12 +47,13 @@ def finished(look: Look) -> Wanted | None:
         known = (each for each in Reason if was and each == was.reason)
         reason = next(known, Reason.COMPLETE)
         written = look.stand(status.phase, reason, was.message if was else "")
+    kept = look.with_extras(Wanted(status=written, deletions=deletions, events=events))
     ttl = look.spec.ttl_seconds_after_finished
     if ttl is None or status.completion_time is None:
-        return Wanted(status=written, deletions=deletions, events=events)
+        return kept
     due = status.completion_time + timedelta(seconds=ttl)
     if look.now < due:
-        return Wanted(status=written, deletions=deletions, events=events, again=due)
+        return replace(kept, again=min(kept.again or due, due))
     gone = Deletion("CPTJob", look.job.metadata.name, look.uid, why="ttlSecondsAfterFinished")
     return Wanted(deletions=(*deletions, gone))
 

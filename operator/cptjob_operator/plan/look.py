@@ -7,11 +7,11 @@ from functools import cached_property
 from typing import Any
 
 from cptjob_api.conditions import Condition, Phase, Reason
-from cptjob_api.job import CPTJob
+from cptjob_api.job import CPTJob, tensorboard_name
 from cptjob_api.spec import CPTJobSpec
 from cptjob_api.status import CPTJobStatus, NodeRanks, PodCounts
-from cptjob_operator.identity import Role, worker_selector
-from cptjob_operator.objects import children, placement
+from cptjob_operator.identity import Role, base, worker_selector
+from cptjob_operator.objects import children, placement, tensorboard
 from cptjob_operator.observed import Observed, Pod
 from cptjob_operator.plan import accounting, standing
 from cptjob_operator.plan.gang import Gang
@@ -179,11 +179,23 @@ class Look:
         """
         surplus = delete(self.gang.surplus, "replaced") + self.stuck()
         due = [each for each in (wanted.again, self._deadline(wanted.status)) if each is not None]
-        return replace(
+        settled = replace(
             wanted,
             deletions=(*wanted.deletions, *surplus, *self.old()),
             again=min(due, default=None),
         )
+        return self.with_extras(settled)
+
+    def with_extras(self, wanted: Wanted) -> Wanted:
+        """The same, with what people look at as long as the job is there.
+
+        It comes again, as what is refused now may be let in later.
+        """
+        extras = self.missing_tensorboard()
+        if not extras:
+            return wanted
+        soon = self.now + timedelta(seconds=LOOK_AGAIN_SECONDS)
+        return replace(wanted, extras=extras, again=min(wanted.again or soon, soon))
 
     def _deadline(self, status: CPTJobStatus | None) -> datetime | None:
         """When the job will have held pods for as long as it may."""
@@ -218,10 +230,33 @@ class Look:
 
     def missing_children(self) -> tuple[dict[str, Any], ...]:
         """ConfigMap, Service and NetworkPolicy, as far as they are missing or differ."""
-        there = {each.kind: each.hash for each in self.observed.children}
+        there = self._hashes(base(self.job.metadata.name, self.uid))
         return children.missing(
             self.job, self.profile, self.observed.config, self.settings.network, there
         )
+
+    def missing_tensorboard(self) -> tuple[dict[str, Any], ...]:
+        """What shows the job's curves, from when there is something to train on until it is deleted.
+
+        Not before: a job that cannot start holds nothing.
+        """
+        profile = self.observed.profile
+        if profile is None or profile.log_dir is None or not self._is_prepared:
+            return ()
+        there = self._hashes(tensorboard_name(self.job.metadata.name))
+        return tensorboard.missing(self.job, profile, there)
+
+    def _hashes(self, name: str) -> dict[str, str]:
+        """Of the objects of that name, by their kind."""
+        return {each.kind: each.hash for each in self.observed.children if each.name == name}
+
+    @property
+    def _is_prepared(self) -> bool:
+        known = self.status.condition(Condition.PREPARED)
+        if known is not None and known.status == "True":
+            return True
+        pod = self.gang.coordinator
+        return self.status.phase is Phase.COMPLETE or (pod is not None and pod.ready)
 
 
 def delete(pods_: Iterable[Pod], why: str) -> tuple[Deletion, ...]:

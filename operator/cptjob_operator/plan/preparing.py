@@ -124,7 +124,23 @@ def _claims_of_one(look: Look) -> Wanted | None:
                 f"volume claim {claim.name} (ReadWriteOncePod) serves one pod, and a job has a "
                 "coordinator and workers; take one that is ReadWriteOnce or ReadWriteMany",
             )
-    return None
+    return _held_by_tensorboard(look)
+
+
+def _held_by_tensorboard(look: Look) -> Wanted | None:
+    """It outlives the pods that train: on their only node, it would keep the next ones there."""
+    profile = look.profile
+    claim = (look.observed.claims or {}).get(profile.output_claim or "")
+    if profile.log_dir is None or claim is None or look.ran:
+        return None
+    if together.is_shared(profile, claim):
+        return None
+    return look.fail(
+        Reason.CLAIM_NOT_SHARED,
+        f"volume claim {claim.name} ({', '.join(claim.access_modes)}) cannot serve TensorBoard on "
+        "another node than the worker's; take one that is ReadWriteMany, or leave "
+        "spec.tracking.tensorBoard out",
+    )
 
 
 def preparation(look: Look) -> Wanted | None:

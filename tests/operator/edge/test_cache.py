@@ -177,6 +177,21 @@ def test_the_frozen_profile_comes_from_the_jobs_own_config_map(cache: Cache) -> 
     assert cache.children_of(JOB) == ()
 
 
+def test_of_two_children_of_a_kind_one_may_go(cache: Cache, told: list[JobKey]) -> None:
+    common, shown = f"job-{UID[:5]}", "job-tensorboard"
+    for name in (common, shown):
+        cache.put_child("Service", _config_map(5, name=name))
+        cache.put_child("ConfigMap", _config_map(5, name=name))
+    assert {(each.kind, each.name) for each in cache.children_of(JOB)} == {
+        ("ConfigMap", common),
+        ("Service", common),
+        ("Service", shown),
+    }
+    cache.replace_children("Service", [f"uid-of-{common}"], 6)
+    assert {each.name for each in cache.children_of(JOB)} == {common}
+    assert told == [KEY], "a pass makes it anew"
+
+
 def test_what_another_namespace_says_of_a_job_is_not_about_it(
     cache: Cache, told: list[JobKey], pod_body: MakeBody
 ) -> None:

@@ -10,7 +10,7 @@ from aiohttp import web
 
 from cptjob_api.job import CPTJob
 from cptjob_operator.edge.cache import Cache
-from cptjob_operator.edge.cluster import CHILDREN_SECONDS, Cluster
+from cptjob_operator.edge.cluster import CHILDREN_SECONDS, REFUSED_SECONDS, Cluster
 from cptjob_operator.edge.events import Recorder
 from cptjob_operator.edge.progress import Reports
 from cptjob_operator.identity import JobId, JobKey, job_labels, owner
@@ -56,6 +56,45 @@ def test_pods_wait_for_a_child_that_is_refused_and_not_for_one_that_is_there(
         await cluster.apply(_job(), Wanted(objects=(pod,)))
         assert server.requests[1:] == [("POST", "/api/v1/namespaces/team/pods")]
         await cluster._api.close()
+
+    with_server(test)
+
+
+def test_what_pods_can_do_without_comes_last_and_its_refusal_is_told_and_holds_nothing_up(
+    with_server: Test,
+) -> None:
+    refused = [True]
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        if request.path.endswith("/deployments") and refused[0]:
+            return web.json_response({"message": "exceeded quota"}, status=403)
+        return web.json_response(await request.json())
+
+    async def test(server: Any) -> None:
+        server.answer = answer
+        clock, api = [0.0], server.api()
+        recorder = Recorder(api, "test")
+        cluster = Cluster(api, Cache(), Reports(), recorder, clock=lambda: clock[0])
+        pod = _manifest("Pod")
+        deployment = {"kind": "Deployment", "metadata": {"name": "job-tensorboard"}}
+        job = _job()
+
+        async def asked(wanted: Wanted) -> list[str]:
+            server.requests.clear()
+            await cluster.apply(job, wanted)
+            return [path.rpartition("/")[2] for _, path in server.requests]
+
+        both = Wanted(objects=(pod,), extras=(deployment,))
+        assert await asked(both) == ["pods", "deployments"]
+        assert await asked(both) == ["pods"], "not again at once"
+        told = recorder._queue.get_nowait()
+        assert told["note"] == (
+            "Deployment job-tensorboard refused: exceeded quota; the job goes on without it"
+        )
+        clock[0], refused[0] = REFUSED_SECONDS, False
+        assert await asked(Wanted(extras=(deployment,))) == ["deployments"]
+        assert recorder._queue.empty()
+        await api.close()
 
     with_server(test)
 

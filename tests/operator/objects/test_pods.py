@@ -17,8 +17,8 @@ from hypothesis import settings as hypothesis_settings
 
 from cptjob_api.job import CPTJob
 from cptjob_api.kubeyaml import dump
-from cptjob_operator.identity import PodId, Role
-from cptjob_operator.objects import children, pods
+from cptjob_operator.identity import OURS, PodId, Role
+from cptjob_operator.objects import children, pods, tensorboard
 from cptjob_operator.plan.accept import Accepted, Refused, accept
 from cptjob_operator.profile import Profile
 from cptjob_operator.settings import Network, Settings, parse
@@ -57,6 +57,7 @@ CASES: dict[str, Manifest] = {
     "one-node": {"spec.scheduling.pool": "open"},
     "gpus": {
         "spec.scheduling.pool": "gold",
+        "spec.tracking.tensorBoard": True,
         "spec.trainer": {
             "numNodes": 4,
             "resourcesPerNode": {"limits": {GPU: 8, "memory": "900Gi"}, "requests": {"cpu": 90}},
@@ -102,6 +103,7 @@ def rendered(case: str) -> list[Manifest]:
     profile = answer.profile
     return [
         *children.missing(job, profile, answer.config, settings.network, {}),
+        *tensorboard.missing(job, profile, {}),
         pods.coordinator(job, profile, identity(Role.COORDINATOR), beside=case == "one-node"),
         pods.worker(job, profile, identity(index=1, attempt=2), {"gpu-1"}, {"gpu-2"}),
     ]
@@ -232,6 +234,58 @@ def test_a_child_says_when_it_is_missing_or_differs(accepted: Accept, make_job: 
     assert missing(there, Network(operator_namespace="elsewhere")) == ["NetworkPolicy"]
 
 
+SHOWN = {"spec.tracking.tensorBoard": True}
+
+
+def test_tensorboard_is_there_for_jobs_that_ask_for_it(accepted: Accept, make_job: MakeJob) -> None:
+    assert tensorboard.missing(make_job(), accepted().profile, {}) == ()
+    every = tensorboard.missing(make_job(SHOWN), accepted(SHOWN).profile, {})
+    assert [each["kind"] for each in every] == ["Service", "NetworkPolicy", "Deployment"]
+    there = {each["kind"]: children.hash_of(each) for each in every}
+    assert tensorboard.missing(make_job(SHOWN), accepted(SHOWN).profile, there) == ()
+    older = accepted(SHOWN).profile.model_dump_json(exclude={"log_dir"})
+    assert tensorboard.missing(make_job(SHOWN), Profile.from_json(older), {}) == ()
+
+
+def test_nothing_takes_tensorboard_for_a_pod_of_the_job(
+    accepted: Accept, make_job: MakeJob
+) -> None:
+    job, answer = make_job(SHOWN), accepted(SHOWN)
+    pod = tensorboard.deployment(job, answer.profile, "/x")["spec"]["template"]
+    labels = pod["metadata"]["labels"].items()
+    selectors = [
+        children.network_policy(job, Network())["spec"]["podSelector"]["matchLabels"],
+        children.service(job)["spec"]["selector"],
+        dict([OURS.split("=")]),
+    ]
+    assert not any(each.items() & labels for each in selectors)
+    for each in tensorboard.missing(job, answer.profile, {})[:2]:
+        selected = each["spec"].get("selector") or each["spec"]["podSelector"]["matchLabels"]
+        assert selected.items() <= labels
+
+
+def test_tensorboard_can_do_nothing_but_read_the_output(
+    accepted: Accept, make_job: MakeJob
+) -> None:
+    changes = SHOWN | {
+        "spec.trainer": {
+            "resourcesPerNode": {"limits": {GPU: 8}},
+            "secretRefs": [{"name": "hub"}],
+            "env": [{"name": "TOKEN", "value": "x"}],
+        }
+    }
+    job, profile = make_job(changes), accepted(changes).profile
+    (made,) = [each for each in tensorboard.missing(job, profile, {}) if "replicas" in each["spec"]]
+    spec = made["spec"]["template"]["spec"]
+    (container,) = spec["containers"]
+    mounts = {each["mountPath"]: each.get("readOnly") for each in container["volumeMounts"]}
+    assert mounts == {"/tmp": None, "/volumes/results": True}
+    text = json.dumps(made)
+    assert not any(word in text for word in (GPU, "hub", "TOKEN", "/volumes/models"))
+    assert spec["automountServiceAccountToken"] is False
+    assert container["command"][4] == "/volumes/results/runs/tiny/tensorboard"
+
+
 def test_the_config_map_holds_what_pods_and_operators_read_back(
     accepted: Accept, make_job: MakeJob
 ) -> None:
@@ -265,6 +319,7 @@ def test_any_job_is_accepted_or_refused_in_words_and_its_objects_have_sound_name
     last = job.spec.trainer.num_nodes - 1
     made = [
         *children.missing(job, answer.profile, answer.config, Network(), {}),
+        *tensorboard.missing(job, answer.profile, {}),
         pods.coordinator(job, answer.profile, PodId(UID, 0, Role.COORDINATOR, 0, 99)),
         pods.worker(job, answer.profile, PodId(UID, 999, Role.WORKER, last, 99), {"a"}, {"b"}),
     ]

@@ -143,17 +143,16 @@ class World:
                 del self.pods[found.id]
             elif found is not None:
                 self.pods[found.id] = replace(found, deleting=self.now)
-        for manifest in wanted.objects:
+        for manifest in (*wanted.objects, *wanted.extras):
             self._make(manifest)
         self.events += [(each.reason, each.message) for each in wanted.events]
 
     def _make(self, manifest: dict[str, Any]) -> None:
         if manifest["kind"] != "Pod":
-            name = manifest["metadata"]["name"]
-            self.children[manifest["kind"]] = Child(
-                manifest["kind"], name, f"{name}-uid", UID, children.hash_of(manifest)
-            )
-            if manifest["kind"] == "ConfigMap":
+            kind, name = manifest["kind"], manifest["metadata"]["name"]
+            key = kind if name.endswith(UID[:5]) else f"{kind} {name}"
+            self.children[key] = Child(kind, name, f"{name}-uid", UID, children.hash_of(manifest))
+            if kind == "ConfigMap":
                 self.profile = Profile.from_json(manifest["data"]["profile.json"])
                 self.config = AcceptedConfig.from_json(manifest["data"]["config.json"])
             return

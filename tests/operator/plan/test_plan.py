@@ -1070,3 +1070,86 @@ def test_every_claim_that_is_missing_is_named(
     job.claims = {name: Claim(name, ("ReadWriteMany",)) for name in there}
     job.settle()
     assert job.status.condition(Condition.READY).message == f"{said} the job goes on"
+
+
+# --- TensorBoard ---
+
+SHOWN = {"tensorBoard": True}
+OF_TENSORBOARD = {f"{kind} job-tensorboard" for kind in ("Service", "NetworkPolicy", "Deployment")}
+
+
+def _extras(wanted: Any) -> set[str]:
+    return {f"{each['kind']} {each['metadata']['name']}" for each in wanted.extras}
+
+
+def test_tensorboard_comes_with_the_workers_and_stays_with_the_job(world: MakeWorld) -> None:
+    job = world(tracking=SHOWN)
+    job.settle()
+    assert not OF_TENSORBOARD & job.children.keys(), "nothing is held before the data is prepared"
+    job.get_ready(job.pod(Role.COORDINATOR))
+    wanted = job.step()
+    assert _extras(wanted) == OF_TENSORBOARD
+    assert "worker" in _made(wanted)
+    job.settle()
+    job.get_ready(*job.workers)
+    job.settle()
+    job.edit(suspend=True)
+    job.settle()
+    assert job.phase is Phase.SUSPENDED
+    job.edit(suspend=False)
+    job.settle()
+    job.succeed(job.pod(Role.COORDINATOR), "Complete")
+    job.settle()
+    assert job.phase is Phase.COMPLETE
+    assert job.children.keys() >= OF_TENSORBOARD
+    assert _extras(job.step()) == set()
+
+
+def test_what_of_tensorboard_is_not_there_is_made_also_after_the_end(world: MakeWorld) -> None:
+    """Its operator died, or somebody has deleted it, or it is refused: then it comes again."""
+    job = world(tracking=SHOWN)
+    job.settle()
+    job.succeed(job.pod(Role.COORDINATOR), "AlreadyComplete")
+    job.settle()
+    del job.children["Service job-tensorboard"]
+    wanted = job.plan()
+    assert _extras(wanted) == {"Service job-tensorboard"}
+    assert wanted.again - job.now == timedelta(seconds=15)
+    job.apply(wanted)
+    assert job.plan().again is None
+
+
+def test_a_job_that_could_not_be_prepared_shows_nothing(world: MakeWorld) -> None:
+    job = world(tracking=SHOWN)
+    job.settle()
+    job.fail(job.pod(Role.COORDINATOR), 65, "DataError", "a broken line")
+    job.settle()
+    assert job.phase is Phase.FAILED
+    assert not OF_TENSORBOARD & job.children.keys()
+
+
+def test_tensorboard_is_for_jobs_that_ask_for_it_when_they_are_accepted(world: MakeWorld) -> None:
+    """One that an older operator accepted has the field from an older definition's default."""
+    job = world()
+    job.train()
+    job.edit(tracking=SHOWN)
+    assert job.plan().extras == ()
+
+
+def test_a_claim_of_one_node_is_refused_where_tensorboard_would_hold_it(together: Any) -> None:
+    together.edit(tracking=SHOWN)
+    together.settle()
+    assert together.condition(Condition.FAILED) == ("True", "ClaimNotShared")
+    message = together.status.condition(Condition.FAILED).message
+    assert "claim results (ReadWriteOnce)" in message
+    assert "leave spec.tracking.tensorBoard out" in message
+    assert together.made == []
+
+
+def test_claims_that_a_job_only_reads_may_be_of_one_node_beside_tensorboard(
+    world: MakeWorld,
+) -> None:
+    job = world(trainer={"numNodes": 1}, tracking=SHOWN)
+    job.claims = OF_ONE_NODE | {"results": Claim("results", ("ReadWriteMany",))}
+    job.train()
+    assert job.children.keys() >= OF_TENSORBOARD

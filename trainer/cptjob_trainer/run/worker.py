@@ -140,10 +140,8 @@ def _warn(warnings: list[str], runtime: Runtime) -> None:
 
 
 def _metrics_log(config: TrainerConfig, state: LoopState) -> MetricsLog:
-    out = config.paths.output
-    events = out / "tensorboard" if config.tracking.tensor_board else None
-    evaluated = not state.evaluation_pending
-    return MetricsLog(out / "metrics.jsonl", state.step, events, evaluated=evaluated)
+    paths, evaluated = config.paths, not state.evaluation_pending
+    return MetricsLog(paths.output / "metrics.jsonl", state.step, paths.events, evaluated=evaluated)
 
 
 def _base_losses(components: Components, prepared: Prepared) -> tuple[HeldOut, float]:

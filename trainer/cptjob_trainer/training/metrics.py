@@ -14,6 +14,9 @@ from cptjob_trainer.errors import OutputError, StorageFullError
 
 log = logging.getLogger(__name__)
 
+#: Somebody may look at the curves while they grow; torch's own two minutes are long for that.
+_FLUSH_SECONDS = 10
+
 
 class MetricsLog:
     """Appends JSON lines. Opened at a step, it first drops what an abandoned attempt wrote beyond it."""
@@ -33,7 +36,9 @@ class MetricsLog:
             from torch.utils.tensorboard import SummaryWriter
 
             with self._spare_events():
-                self._events = SummaryWriter(str(events), purge_step=step + 1)
+                self._events = SummaryWriter(
+                    str(events), purge_step=step + 1, flush_secs=_FLUSH_SECONDS
+                )
 
     def _open(self, path: Path, step: int, evaluated: bool) -> None:
         # One after the other: a long run has more of them than fit into memory as objects.
