@@ -28,6 +28,8 @@ _RESOURCES = {
     "limits": {"memory": "1Gi"},
 }
 _SCRATCH = "256Mi"
+# It may have found room on a GPU node only, which the autoscaler would keep for its emptyDir.
+_MAY_MOVE = "cluster-autoscaler.kubernetes.io/safe-to-evict"
 
 
 def missing(job: CPTJob, profile: Profile, there: Mapping[str, str]) -> tuple[Manifest, ...]:
@@ -49,7 +51,10 @@ def deployment(job: CPTJob, profile: Profile, log_dir: str) -> Manifest:
         "revisionHistoryLimit": 1,
         "strategy": {"type": "Recreate"},
         "selector": {"matchLabels": labels},
-        "template": {"metadata": {"labels": labels}, "spec": _pod(profile, log_dir)},
+        "template": {
+            "metadata": {"labels": labels, "annotations": {_MAY_MOVE: "true"}},
+            "spec": _pod(profile, log_dir),
+        },
     }
     return _child(job, "apps/v1", "Deployment", spec)
 
