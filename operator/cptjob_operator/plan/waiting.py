@@ -33,6 +33,12 @@ _SECRET = re.compile(r'secret "([^"]+)" not found')
 # A number that counts, not one within a name.
 _COUNT = re.compile(r"(?<![\w.-])[0-9]+(/[0-9]+)?(?![\w-])")
 _WHOSE = re.compile(r"^\S+: ")
+#: What the API server says of a pod that names what does not exist.
+_MISSING = (
+    (re.compile(r"no PriorityClass with name (\S+) was found"), "priority class"),
+    (re.compile(r'serviceaccount "([^"]+)" not found'), "service account"),
+    (re.compile(r'RuntimeClass "([^"]+)" not found'), "runtime class"),
+)
 _CLAIM = re.compile(r'persistentvolumeclaim "([^"]+)" (?:not found|is being deleted)')
 
 
@@ -59,10 +65,20 @@ def _gated(pod: Pod, _: Claims) -> Obstacle | None:
 def _image(pod: Pod, _: Claims) -> Obstacle | None:
     if pod.waiting is None or pod.waiting.reason not in _IMAGE:
         return None
+    said = f"{pod.name}: {pod.waiting.message or pod.waiting.reason}"
+    if not pod.pull_secrets:
+        return Obstacle(
+            Reason.IMAGE_PULL_FAILED,
+            f"{said}; mend the registry or the secret for it, or make a new job with another image "
+            "or imagePullSecrets",
+        )
+    # A kubelet pulls without those that are missing, and the registry's answer does not name them.
+    one = len(pod.pull_secrets) == 1
     return Obstacle(
         Reason.IMAGE_PULL_FAILED,
-        f"{pod.name}: {pod.waiting.message or pod.waiting.reason}; mend the registry or "
-        "the secret for it, or make a new job with another image or imagePullSecrets",
+        f"{said}; it is pulled with {'secret' if one else 'secrets'} "
+        f"{', '.join(pod.pull_secrets)} of namespace {pod.namespace}: make {'it' if one else 'them'} "
+        "if missing, mend the registry, or make a new job with another image",
     )
 
 
@@ -170,6 +186,14 @@ def refusal(refused: Mapping[str, str]) -> Obstacle | None:
         quota = "exceeded quota" in message
         return Obstacle(
             Reason.WAITING_FOR_QUOTA if quota else Reason.REFUSED,
-            f"{kind} refused: {message}; it is tried again",
+            f"{kind} refused: {message}; {_advice(message)}",
         )
     return None
+
+
+def _advice(message: str) -> str:
+    for words, what in _MISSING:
+        found = words.search(message)
+        if found:
+            return f"make {what} {found[1]} and the job goes on"
+    return "it is tried again"

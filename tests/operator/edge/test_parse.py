@@ -37,6 +37,14 @@ def test_a_running_pod_says_where_it_is(pod_body: MakePod) -> None:
     assert (pod.node, pod.address, pod.owner_uid) == ("node-1", "10.0.0.9", UID)
 
 
+def test_secrets_to_pull_with_are_read_as_far_as_they_have_a_name(pod_body: MakePod) -> None:
+    body = pod_body()
+    body["spec"]["imagePullSecrets"] = [{"name": "one"}, {}, "two", {"name": "three"}]
+    pod = parse.pod(body)
+    assert pod is not None
+    assert pod.pull_secrets == ("one", "three")
+
+
 def test_other_devices_are_no_gpus(pod_body: MakePod) -> None:
     body = pod_body()
     limits = {"rdma/hca": "1", "nvidia.com/gpu": "2", "cpu": "4", "hugepages-2Mi": "1Gi"}
