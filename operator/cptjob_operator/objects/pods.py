@@ -59,7 +59,8 @@ def coordinator(
         {"name": "http", "containerPort": HTTP_PORT, "protocol": "TCP"},
         {"name": "store", "containerPort": STORE_PORT, "protocol": "TCP"},
     ]
-    container["readinessProbe"] = _probe("/readyz", period=2, failures=3, timeout=5)
+    # Workers are made once it is ready, so each second between two looks is one that a job waits.
+    container["readinessProbe"] = _probe("/readyz", period=1, failures=6, timeout=5)
     # It answers while it prepares, if slowly: only a process that hangs is to be killed.
     container["livenessProbe"] = _probe("/healthz", period=20, failures=6, timeout=10, delay=30)
     affinity = placement.coordinator_affinity(profile, beside=beside, node=node, hard=excluded_hard)
