@@ -22,6 +22,7 @@ from cptjob_operator.identity import PodId, Role
 from cptjob_operator.observed import Observed, Pod
 from cptjob_operator.plan.accept import accept
 from cptjob_operator.plan.rules import plan
+from cptjob_operator.plan.waiting import gist
 from cptjob_operator.settings import Settings
 from job_cases import sound_job
 from testplane.plane import ControlPlane
@@ -210,6 +211,8 @@ def test_jobs_that_cannot_be_served_neither_end_the_operator_nor_hold_up_others(
     world.prepare("good")
     world.run("good", 2)
     world.wait(lambda: all(_answered(world, name) for name in names), "an answer to each")
+    for name, changes in zip(names, UNSERVED, strict=False):
+        world.wait(lambda name=name: _told(world, name), f"an Event on the job with {changes}")
     assert "a fault of the operator" not in operator.log.read_text()
     assert not operator.died
     assert world.status("good")["phase"] == "Running"
@@ -241,6 +244,13 @@ def _bad(judge: Judge, world: World) -> Iterator[dict[str, Any]]:
     while len(drawn) < BAD_JOBS:
         draw()
     yield from itertools.islice(drawn, BAD_JOBS)
+
+
+def _told(world: World, name: str) -> bool:
+    """An Event says what the job says, whatever the scheduler counts by now."""
+    ready = world.condition(name, "Ready")
+    said = ready["reason"], gist(ready["message"])
+    return said in [(each.reason, gist(each.message)) for each in world.events(name)]
 
 
 def _answered(world: World, name: str) -> bool:
