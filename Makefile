@@ -51,7 +51,7 @@ gpu: setup $(VENV)/.dev ## run the tests that need an NVIDIA GPU
 	$(bin)/python -m pytest -m gpu tests/trainer
 
 bench: setup $(VENV)/.bench $(VENV)/.go ## measure against peers; figures go to bench/RESULTS.md
-	@for name in prepare.py resume.py checkpoint.py train.py operator; do \
+	@for name in prepare.py resume.py checkpoint.py train.py operator startup.py; do \
 	  echo "== bench/$$name"; $(bin)/python bench/$$name || exit; done
 
 images: $(VENV)/.uv ## build the images (TOOL=podman BASE_IMAGE=... FLAGS="--network host")
