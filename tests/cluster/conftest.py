@@ -240,6 +240,7 @@ def start_operator(
     )
     yield operator.start().wait_leading()
     operator.stop()
+    assert all("message" in line for line in operator.lines)
 
 
 @pytest.fixture(name="proxy")
