@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from kubernetes import client
 from running import RunningOperator
-from world import World
+from world import SHOWN, World
 
 from testplane.plane import ControlPlane
 from testplane.proxy import Call, FaultProxy
@@ -156,6 +156,16 @@ def is_complete_and_goes(life: Life) -> None:
     life.wait(gone, "it to go")
 
 
+def is_shown_to_its_end(life: Life) -> None:
+    life.world.create("job", workers=1, changes=SHOWN)
+    life.train(1)
+    said = '{"exitCode": 0, "reason": "Complete", "message": "{}"}'
+    name = life.pods("coordinator", 1)[0].metadata.name
+    life.world.kubelet.exit(life.world.namespace, name, 0, said)
+    life.wait(lambda: life.phase == "Complete", "it to be complete")
+    life.wait(lambda: len(life.world.shown("job")) == 3, "its TensorBoard")
+
+
 STAGES: dict[str, Stage] = {
     stage.__name__: stage
     for stage in (
@@ -165,6 +175,7 @@ STAGES: dict[str, Stage] = {
         begins_anew,
         is_suspended_and_goes_on,
         is_complete_and_goes,
+        is_shown_to_its_end,
     )
 }
 

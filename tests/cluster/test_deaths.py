@@ -25,7 +25,7 @@ class _Death:
         self.trigger = place(self._number, life.operator.kill)
 
 
-@pytest.mark.parametrize("stage", ["is_made", "is_suspended_and_goes_on"])
+@pytest.mark.parametrize("stage", ["is_made", "is_suspended_and_goes_on", "is_shown_to_its_end"])
 def test_an_operator_that_is_killed_at_some_write_ends_where_it_would_have(
     live: Live, stage: str
 ) -> None:

@@ -5,10 +5,11 @@ import json
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from kubernetes import client
 from running import LEASE_SECONDS, RunningOperator
-from world import OURS, World
+from world import OURS, SHOWN, World
 
 from testplane.plane import ControlPlane
 from testplane.proxy import FaultProxy
@@ -125,6 +126,97 @@ def test_children_that_somebody_deleted_are_there_again_before_a_worker_is_repla
     made = world.children()
     assert sorted(each.metadata.name for each in made) == [name] * 3
     assert all(each.metadata.creation_timestamp <= newest for each in made)
+
+
+def test_tensorboard_belongs_to_the_job_and_its_pod_is_none_of_the_jobs(
+    world: World, start: Start, proxy: FaultProxy
+) -> None:
+    operator = start(kubeconfig=proxy.kubeconfig()).wait_leading()
+    uid = world.create("job", workers=2, changes=SHOWN)["metadata"]["uid"]
+    world.wait(lambda: world.pods("coordinator"), "the coordinator")
+    operator.wait_quiet()
+    assert world.shown("job") == []
+    world.prepare("job")
+    world.run("job", 2)
+    world.wait(lambda: _of_tensorboard(world), "its pod")
+    made = world.shown("job")
+    assert sorted(each.kind or type(each).__name__ for each in made) == [
+        "V1Deployment",
+        "V1NetworkPolicy",
+        "V1Service",
+    ]
+    assert {each.metadata.owner_references[0].uid for each in made} == {uid}
+    (pod,) = _of_tensorboard(world)
+    world.kubelet.exit(world.namespace, pod.metadata.name, 1, "boom")
+    operator.wait_quiet()
+    status = world.status("job")
+    assert (status["phase"], status["restarts"], status["pods"]["active"]) == ("Running", 0, 2)
+    world.suspend("job")
+    assert len(world.shown("job")) == 3
+    operator.kill()
+    proxy.reset()
+    operator.start()
+    world.wait(lambda: operator.passes() >= 1, "a pass over the job")
+    operator.wait_quiet()
+    assert [(call.method, call.resource) for call in proxy.writes] == []
+    world.delete("job")
+    world.wait(lambda: not world.shown("job"), "everything of the job to go")
+    world.wait(lambda: not _of_tensorboard(world), "the pod to go")
+
+
+def _of_tensorboard(world: World) -> list[Any]:
+    """Its pods that shall live on."""
+    pods = world.core.list_namespaced_pod(
+        world.namespace, label_selector="training.cptjob.io/tensorboard"
+    ).items
+    return [pod for pod in pods if pod.metadata.deletion_timestamp is None]
+
+
+def test_a_deployment_of_somebody_with_tensorboards_name_is_not_touched_and_training_goes_on(
+    world: World, start: Start
+) -> None:
+    start().wait_leading()
+    labels = {"matchLabels": {"app": "theirs"}}
+    pod = {"metadata": {"labels": {"app": "theirs"}}, "spec": {"containers": [CONTAINER]}}
+    theirs = {
+        "metadata": {"name": "job-tensorboard"},
+        "spec": {"replicas": 0, "selector": labels, "template": pod},
+    }
+    apps = client.AppsV1Api(world.core.api_client)
+    before = apps.create_namespaced_deployment(world.namespace, theirs).metadata
+    world.create("job", changes=SHOWN)
+    world.prepare("job")
+    world.run("job", 1)
+    told = "there is a Deployment job-tensorboard that does not belong to this job"
+    world.wait(lambda: world.told("job", "Refused", told, "goes on without it"), "it to be told")
+    assert world.status("job")["phase"] == "Running"
+    after = apps.read_namespaced_deployment("job-tensorboard", world.namespace).metadata
+    assert (after.uid, after.generation) == (before.uid, before.generation)
+    assert after.labels is None
+    apps.delete_namespaced_deployment("job-tensorboard", world.namespace)
+    world.wait(lambda: len(world.shown("job")) == 3, "its own Deployment")
+
+
+CONTAINER = {"name": "a", "image": "test.invalid/a"}
+
+
+def test_a_job_made_anew_gets_its_tensorboard_though_the_old_one_is_still_there(
+    world: World, start: Start
+) -> None:
+    """The garbage collector takes its time, and both have one name."""
+    start().wait_leading()
+    world.create("job", changes=SHOWN)
+    world.prepare("job")
+    world.wait(lambda: len(world.shown("job")) == 3, "the first one's")
+    world.delete("job")
+    uid = world.create("job", changes=SHOWN)["metadata"]["uid"]
+    world.wait(lambda: len(world.pods("coordinator")) == 1, "the coordinator alone")
+    world.prepare("job")
+
+    def owners() -> list[str]:
+        return [each.metadata.owner_references[0].uid for each in world.shown("job")]
+
+    world.wait(lambda: owners() == [uid] * 3, "the second one's")
 
 
 def test_a_job_scaled_beyond_the_limit_says_so_and_goes_on_when_that_is_taken_back(

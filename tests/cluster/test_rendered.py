@@ -11,7 +11,7 @@ from kubernetes import client
 
 from cptjob_api.job import CPTJob
 from cptjob_operator.identity import PodId, Role
-from cptjob_operator.objects import children, pods
+from cptjob_operator.objects import children, pods, tensorboard
 from cptjob_operator.plan.accept import Accepted, Refused, accept
 from cptjob_operator.settings import Network, Settings, parse
 from job_cases import sound_job
@@ -23,6 +23,7 @@ PATHS = {
     "ConfigMap": "/api/v1/namespaces/{}/configmaps",
     "Service": "/api/v1/namespaces/{}/services",
     "NetworkPolicy": "/apis/networking.k8s.io/v1/namespaces/{}/networkpolicies",
+    "Deployment": "/apis/apps/v1/namespaces/{}/deployments",
     "Pod": "/api/v1/namespaces/{}/pods",
 }
 PLATFORM = """
@@ -38,6 +39,7 @@ pools:
 JOBS: dict[str, dict[str, Any]] = {
     "small": {},
     "everything": {
+        "spec.tracking.tensorBoard": True,
         "spec.trainer": {
             "numNodes": 3,
             "resourcesPerNode": {
@@ -108,6 +110,7 @@ def made_for(job: CPTJob, answer: Accepted) -> list[dict[str, Any]]:
     last = job.spec.trainer.num_nodes - 1
     return [
         *children.missing(job, answer.profile, answer.config, Network(), {}),
+        *tensorboard.missing(job, answer.profile, {}),
         pods.coordinator(job, answer.profile, PodId(UID, 0, Role.COORDINATOR, 0, 0)),
         pods.worker(job, answer.profile, PodId(UID, 3, Role.WORKER, last, 2), {"x"}, {"y"}),
     ]

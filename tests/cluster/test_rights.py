@@ -18,7 +18,7 @@ from kubernetes import client
 from lives import counts
 from rights import FINALIZERS, Audit, Grant, Right
 from running import RunningOperator
-from world import World
+from world import SHOWN, World
 
 from helmchart import Helm
 from testplane import binaries
@@ -134,10 +134,14 @@ def finds_a_name_taken(kind: str, version: str, content: dict[str, Any]) -> Part
 def finds_its_object_changed(kind: str, change: dict[str, Any]) -> Part:
     def part(place: Place) -> Generator[Callable[[], object] | None]:
         name = f"changed-{kind.lower()}"
-        place.world.create(name)
+        place.world.create(name, changes=SHOWN)
         place.wait(lambda: place.has_all(name), "what belongs to the job")
-        place.operator.stop()
         base = f"{name}-{place.world.job(name)['metadata']['uid'][:5]}"
+        if kind == "Deployment":
+            base = f"{name}-tensorboard"
+            place.world.prepare(name)
+            place.wait(lambda: len(place.world.shown(name)) == 3, "what shows its curves")
+        place.operator.stop()
         about = {"annotations": {"training.cptjob.io/hash": "of another version"}}
         where = (kind, base, "-n", place.world.namespace)
         text = json.dumps(change | {"metadata": about})
@@ -152,6 +156,32 @@ def finds_its_object_changed(kind: str, change: dict[str, Any]) -> Part:
 
     part.__name__ += f" changes a {kind} back"
     return part
+
+
+def is_shown(place: Place) -> Generator[Callable[[], object] | None]:
+    place.world.create("shown", changes=SHOWN)
+    place.wait(lambda: place.has_all("shown"), "what belongs to the job")
+    yield None
+    place.world.prepare("shown")
+    yield lambda: len(place.world.shown("shown")) == 3
+
+
+def finds_the_name_of_its_tensorboard_taken(
+    place: Place,
+) -> Generator[Callable[[], object] | None]:
+    labels = {"app": "theirs"}
+    pod = {"metadata": {"labels": labels}, "spec": {"containers": [{"name": "a", "image": "a"}]}}
+    theirs = {
+        "metadata": {"name": "other-tensorboard"},
+        "spec": {"replicas": 0, "selector": {"matchLabels": labels}, "template": pod},
+    }
+    world = place.world
+    client.AppsV1Api(world.core.api_client).create_namespaced_deployment(world.namespace, theirs)
+    world.create("other", changes=SHOWN)
+    place.wait(lambda: place.has_all("other"), "what belongs to the job")
+    yield None
+    world.prepare("other")
+    yield lambda: world.told("other", "Refused", "Deployment other-tensorboard", "not belong")
 
 
 def is_overtaken(place: Place) -> Generator[Callable[[], object] | None]:
@@ -236,12 +266,15 @@ TAKEN: dict[str, Part] = {
 CHANGED: dict[str, Part] = {
     "services": finds_its_object_changed("Service", {"spec": {"publishNotReadyAddresses": False}}),
     "networkpolicies": finds_its_object_changed("NetworkPolicy", {"spec": {"ingress": []}}),
+    "deployments": finds_its_object_changed("Deployment", {"spec": {"replicas": 0}}),
 }
 NEEDED_BY: dict[Right, Part] = {
-    **{Right(name, "list"): starts for name in ("cptjobs", "pods", "nodes", *TAKEN)},
+    **{Right(name, "list"): starts for name in ("cptjobs", "deployments", "pods", "nodes", *TAKEN)},
     **{Right(name, "watch"): starts for name in ("cptjobs", "pods", "nodes")},
     **{Right("leases", verb): starts for verb in ("get", "create", "update")},
     **{Right(name, "create"): makes_a_job for name in TAKEN},
+    Right("deployments", "create"): is_shown,
+    Right("deployments", "get"): finds_the_name_of_its_tensorboard_taken,
     Right("cptjobs/status", "patch"): makes_a_job,
     FINALIZERS: makes_a_job,
     Right("events", "create"): tells_events,

@@ -12,6 +12,8 @@ from testplane.kubelet import Kubelet
 from testplane.plane import ControlPlane
 
 OURS = "app.kubernetes.io/managed-by=cptjob-operator"
+#: Of a job whose curves TensorBoard shows.
+SHOWN = {"spec.tracking.tensorBoard": True}
 
 
 class World:
@@ -132,14 +134,19 @@ class World:
         return list(self.core.list_namespaced_pod(self.namespace, label_selector=selector).items)
 
     def children(self) -> list[Any]:
-        """ConfigMaps, Services and NetworkPolicies of jobs."""
-        network = client.NetworkingV1Api(self.core.api_client)
+        """What jobs own beside their pods."""
+        api = self.core.api_client
         lists = (
             self.core.list_namespaced_config_map,
             self.core.list_namespaced_service,
-            network.list_namespaced_network_policy,
+            client.NetworkingV1Api(api).list_namespaced_network_policy,
+            client.AppsV1Api(api).list_namespaced_deployment,
         )
         return [each for all_ in lists for each in all_(self.namespace, label_selector=OURS).items]
+
+    def shown(self, name: str) -> list[Any]:
+        """What shows the curves of a job: a Service, a NetworkPolicy, a Deployment."""
+        return [each for each in self.children() if each.metadata.name == f"{name}-tensorboard"]
 
     def wait(self, happened: Callable[[], object], what: str) -> None:
         self.plane.wait(happened, what)
