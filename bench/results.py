@@ -60,18 +60,20 @@ def trainer(names: str) -> list[str]:
     return [f"trainer/cptjob_trainer/{name}.py" for name in names.split()]
 
 
-def write(section: str, body: str, files: Sequence[str]) -> None:
+def write(section: str, body: str, files: Sequence[str], command: str = "") -> None:
     """Replace the section named `section`, or add it. Sections stand in order of their names.
 
-    `files` are those whose change would make the figures old.
+    `files` are those whose change would make the figures old; `command` is what ran, by default
+    the benchmark that runs.
     """
-    command = "python " + shlex.join([f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    script = shlex.join([f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    command = command or f"python {script}"
     day = datetime.now(UTC).strftime("%Y-%m-%d")
     head = f"{day} · commit {commit()} · `{command}` · {machine()}"
     measured = FILES + ", ".join(f"`{file}`" for file in files)
-    sections = _sections(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
-    sections[section] = f"{head}\n\n{body.strip()}\n\n{measured}\n"
-    parts = [HEAD] + [f"## {name}\n\n{sections[name].strip()}\n" for name in sorted(sections)]
+    known = sections(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
+    known[section] = f"{head}\n\n{body.strip()}\n\n{measured}\n"
+    parts = [HEAD] + [f"## {name}\n\n{known[name].strip()}\n" for name in sorted(known)]
     FILE.write_text("\n".join(parts), encoding="utf-8")
 
 
@@ -92,11 +94,12 @@ def age(section: str) -> Iterator[str]:
 
 def main() -> None:
     """Print the age of each section."""
-    for name, section in _sections(FILE.read_text(encoding="utf-8")).items():
+    for name, section in sections(FILE.read_text(encoding="utf-8")).items():
         print(f"{name}: {'; '.join(age(section))}")
 
 
-def _sections(text: str) -> dict[str, str]:
+def sections(text: str) -> dict[str, str]:
+    """The sections of RESULTS.md by their names."""
     parts = re.split(r"^## (.+)$", text, flags=re.MULTILINE)[1:]
     return {name.strip(): body for name, body in zip(parts[::2], parts[1::2], strict=True)}
 
