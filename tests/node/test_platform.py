@@ -1,15 +1,20 @@
 """Where pods go, what they run, and what is said when they cannot."""
 
+import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 from team import LONG, VALUES, Team
 
 from helmchart import CHART, NAME, NAMESPACE, Helm
+from testplane.plane import KubectlError
 
 pytestmark = pytest.mark.soak
 
@@ -90,6 +95,53 @@ def _train_on(team: Team, workers: int) -> None:
     assert len(team.living("job")) == workers
     made = len(team.steps("job"))
     team.wait(lambda: len(team.steps("job")) >= made + 20, "twenty steps more")
+
+
+def test_tensorboard_shows_the_curves_while_the_job_trains_and_after(team: Team) -> None:
+    team.apply("job", LONG | {"spec.tracking": {"tensorBoard": True}})
+    team.wait_for("job", "Running")
+    team.wait(lambda: _shown_from(team, team.living("job")[0]), "the first points of its loss")
+    team.wait_for("job", "Complete")
+    total = team.status("job")["resolved"]["totalSteps"]
+    team.wait(lambda: _shown_here(team)[-1:] == [total], "the last point")
+    assert _shown_here(team) == list(range(1, total + 1))
+    assert {team.status("job")["pods"][each] for each in ("active", "failed")} == {0}
+    team.kubectl("delete", "cptjob", "job", "--wait")
+    team.wait(lambda: not team.kubectl("get", "pods", "-l", OF_TENSORBOARD), "its pod to go")
+
+
+OF_TENSORBOARD = "training.cptjob.io/tensorboard"
+POINTS = "/data/plugin/scalars/scalars?run=.&tag=train%2Floss"
+PORT = 6006
+
+
+def _shown_from(team: Team, pod: dict[str, Any]) -> list[int]:
+    """Steps of the loss that the Service shows to a pod of the cluster; none before it answers."""
+    url = f"http://job-tensorboard.{team.namespace}.svc:{PORT}{POINTS}"
+    code = f"import urllib.request as r; print(r.urlopen({url!r}, timeout=5).read().decode())"
+    with contextlib.suppress(KubectlError):
+        return _steps(team.kubectl("exec", pod["metadata"]["name"], "--", "python", "-c", code))
+    return []
+
+
+def _shown_here(team: Team) -> list[int]:
+    """The same through a forwarded port, as a person opens it."""
+    plane = team.cluster.plane
+    command = [str(plane.programs["kubectl"]), "--kubeconfig", str(plane.kubeconfig)]
+    command += ["-n", team.namespace, "port-forward", "service/job-tensorboard", f":{PORT}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as forward:
+        assert forward.stdout is not None
+        try:
+            said = re.search(r"127\.0\.0\.1:(\d+)", forward.stdout.readline())
+            assert said, "kubectl forwards a port"
+            with urllib.request.urlopen(f"http://127.0.0.1:{said[1]}{POINTS}", timeout=30) as page:
+                return _steps(page.read())
+        finally:
+            forward.terminate()
+
+
+def _steps(points: str | bytes) -> list[int]:
+    return [step for _, step, _ in json.loads(points)]
 
 
 def test_torchx_runs_a_job_and_reads_what_its_pods_say(team: Team, tmp_path: Path) -> None:
