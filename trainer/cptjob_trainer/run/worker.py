@@ -81,6 +81,7 @@ def _log_to_stderr(rank: int) -> None:
         level=logging.INFO if rank == 0 else logging.WARNING,
         format=f"%(asctime)s rank {rank} %(levelname)s %(message)s",
     )
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it tells of its fonts
     transformers.utils.logging.disable_progress_bar()
 
 
