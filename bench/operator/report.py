@@ -132,11 +132,24 @@ def replaced(found: Replacements) -> str:
     return table(head, rows)
 
 
+#: What each kind of request is for.
+REASONS = {
+    "create ConfigMap": "what was resolved, which every pod reads",
+    "create Event": "what a person sees of it in `kubectl describe`: accepted, running, complete",
+    "create NetworkPolicy": "keeps its unauthenticated ports from other pods",
+    "create Pod": "the coordinator and each worker",
+    "create Service": "the coordinator's name, which outlives its pod",
+    "delete Pod": "pods that would hold their nodes for nothing",
+    "get PersistentVolumeClaim": "whether a claim is there, before pods wait for it unexplained",
+    "patch CPTJob": "accepted and resolved; workers made; all run; complete",
+}
+
+
 def requests(found: dict[str, float]) -> str:
     passes = found.pop("passes")
-    rows = [[name, f"{count:.1f}"] for name, count in found.items()]
-    rows.append(["**all**", f"{sum(found.values()):.1f}"])
-    head = [f"requests for one job of {WORKERS} workers, creation to completion", "times"]
+    rows = [[name, f"{count:.1f}", REASONS.get(name, "")] for name, count in found.items()]
+    rows.append(["**all**", f"{sum(found.values()):.1f}", ""])
+    head = [f"requests for one job of {WORKERS} workers, creation to completion", "times", "for"]
     return (
         table(head, rows) + f"\n\n{passes:.1f} passes. Claims are read once in 14 s for all jobs."
     )
