@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from driver import COORDINATOR, JOBS, PLAIN_JOBS, PODS, READY, Client, Pods
@@ -78,6 +79,7 @@ class Ours:
             "exitCode": code,
             "message": message,
             "reason": "Completed" if code == 0 else "Error",
+            "finishedAt": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
         }
         container = {
             "name": "trainer",
