@@ -25,11 +25,8 @@ _ELSEWHERE = (
 )
 
 
-class TorchxError(CPTJobError, SystemExit):
-    """An error that ends torchx's commands with its message, where others end with a traceback.
-
-    Scripts catch it as the CPTJobError that it is as well.
-    """
+class TorchxError(SystemExit):
+    """Ends torchx's commands with a message, where every other error ends them with a traceback."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
