@@ -1,4 +1,4 @@
-"""Definitions of other projects' resources, as their Go modules carry them: Prometheus, GitOps tools.
+"""Definitions of other projects' resources, as their Go modules carry them: Prometheus, GitOps, Kueue.
 
 `python -m testplane.definitions` fetches them ahead of the tests.
 """
@@ -58,6 +58,15 @@ SOURCES = {
         "v3.5.7",
         "h1:Xm1BF+I5OgDKUG3SDK49vn2/Y5AMyaNVko+/JT08gj0=",
         ("manifests/crds/application-crd.yaml",),
+    ),
+    "kueue": Source(
+        "sigs.k8s.io/kueue",
+        "v0.19.2",
+        "h1:mPNzr37u0nwI7ikST5QQl5gg6EgtYOAvC9ZbTgywdN8=",
+        tuple(
+            f"config/components/crd/bases/kueue.x-k8s.io_{kind}.yaml"
+            for kind in ("resourceflavors", "clusterqueues", "localqueues")
+        ),
     ),
 }
 
