@@ -36,7 +36,8 @@ def placing(look: Look) -> Wanted | None:
 def starting(look: Look) -> Wanted | None:
     """Make the workers that are missing, and say what the others wait for."""
     gang = look.gang
-    late = [pod for pod in gang.workers if not pod.ready and pod.active]
+    # One whose container has ended is no longer ready, and a moment later it is no longer active.
+    late = [pod for pod in gang.workers if not pod.ready and pod.active and pod.ended is None]
     if not gang.missing and not late:
         return None
     phase = _before_running(look)

@@ -135,6 +135,19 @@ def test_the_last_figures_are_waited_for_when_workers_end_before_the_coordinator
     assert job.phase is Phase.COMPLETE
 
 
+def test_a_container_that_has_ended_in_a_pod_that_has_not_is_no_restart(world: MakeWorld) -> None:
+    job = world()
+    job.train()
+    for pod in (job.pod(Role.COORDINATOR), *job.workers):
+        job.succeed(pod, "Complete")
+        job.change(pod, phase="Running")  # as a kubelet has it for a moment
+        job.step()
+        assert job.phase is Phase.RUNNING
+    job.change(job.pod(Role.COORDINATOR), phase="Succeeded")
+    job.settle()
+    assert job.phase is Phase.COMPLETE
+
+
 def test_an_output_that_is_complete_ends_the_job_without_a_worker(world: MakeWorld) -> None:
     job = world()
     job.settle()
