@@ -166,7 +166,9 @@ def test_a_number_that_has_passed_is_refused(
         proxy.fail(1, 409)
 
 
-@pytest.mark.parametrize(("code", "reason"), [(409, "Conflict"), (422, "Invalid")])
+@pytest.mark.parametrize(
+    ("code", "reason"), [(409, "Conflict"), (422, "Invalid"), (429, "TooManyRequests")]
+)
 @pytest.mark.parametrize("reaches", [False, True])
 def test_a_write_can_be_refused_whether_it_was_done_or_not(
     code: int,
@@ -184,6 +186,7 @@ def test_a_write_can_be_refused_whether_it_was_done_or_not(
     assert failed.happened
     assert refused.value.status == code
     assert json.loads(refused.value.body)["reason"] == reason
+    assert refused.value.headers.get("Retry-After") == ("1" if code == 429 else None)
     make_map(far, namespace, "three")
     assert maps(core, namespace) == ["one", "three", *(["two"] if reaches else [])]
 

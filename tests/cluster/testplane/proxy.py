@@ -35,6 +35,8 @@ WRITES = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 PATIENCE_SECONDS = 120.0  # a limit for a loaded machine, no measure
 # A client gets this long after a response to ask for more, before it is killed "after" that response.
 DIGEST_SECONDS = 0.25
+# What an API server says that has too much to do.
+RETRY_AFTER_SECONDS = 1
 # Headers that speak of one connection only.
 _OWN_HEADERS = frozenset(
     {
@@ -250,7 +252,10 @@ class FaultProxy:
     def fail(
         self, number: int, code: int, *, message: str = "by the proxy", reaches: bool = False
     ) -> Trigger:
-        """This write is answered with a failure. reaches: but the API server did it all the same."""
+        """This write is answered with a failure. reaches: but the API server did it all the same.
+
+        429 comes with Retry-After, as from an API server that has too much to do.
+        """
         return self._rule(number, _Rule(forwarded=reaches, answer=(code, status(code, message))))
 
     def hold(self, number: int) -> Trigger:
@@ -374,7 +379,8 @@ class FaultProxy:
         if rule.forwarded:
             await self._answer(request, call)
         call.code, document = rule.answer
-        return web.json_response(document, status=call.code)
+        headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if call.code == 429 else None
+        return web.json_response(document, status=call.code, headers=headers)
 
     async def _kill(self, request: web.BaseRequest, call: Call, rule: _Rule) -> web.StreamResponse:
         assert rule.kill is not None
