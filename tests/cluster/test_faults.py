@@ -4,15 +4,14 @@ Afterwards everything stands where it stands without that. `make soak` does it a
 a few that move with the date.
 """
 
-import datetime
-import random
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from draws import dice_of_today, of_today
 from kubernetes import client
-from lives import STAGES, Life, Live
+from lives import STAGES, Life, Live, stand, strikes_everywhere, strikes_near
 from running import RunningOperator
 from world import World
 
@@ -24,12 +23,10 @@ Start = Callable[..., RunningOperator]
 
 #: More writes than any stage makes, retries included.
 MANY = 200
-#: Answers to a write that was not done, and one to a write that was.
+#: Answers to a write that was not done, and those that say nothing of whether it was.
 CODES = (409, 422, 429, 500, 503, 504)
-
-
-def dice_of_today(what: str) -> random.Random:
-    return random.Random(f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d} {what}")
+UNCERTAIN = (500, 503, 504)
+ANSWERS = [*((code, False) for code in CODES), *((code, True) for code in UNCERTAIN)]
 
 
 class Failures:
@@ -54,41 +51,31 @@ class Failures:
 def test_every_second_write_that_fails_changes_nothing_in_the_end(
     live: Live, reaches: bool
 ) -> None:
-    stage = dice_of_today(f"stage {reaches}").choice(list(STAGES))
-    picture, writes = live(stage)
+    stage = of_today(STAGES, "half", reaches, turns=2)
+    plain = live(stage)
     # A refusal (422) that was carried out all the same is nothing that an API server does.
-    code = dice_of_today(f"code {reaches}").choice([500, 503, 504] if reaches else [409, 429, 503])
+    code = of_today(UNCERTAIN if reaches else [409, 429, 503], "half")
     failures = Failures(range(1, MANY, 2), code, reaches=reaches)
-    disturbed, _ = live(stage, failures)
-    assert failures.happened >= writes // 2
-    assert disturbed == picture, f"{stage}, every second write answered with {code}"
+    disturbed = live(stage, failures, like=plain.picture)
+    assert failures.happened >= len(plain.writes) // 2
+    assert disturbed.picture == plain.picture, f"{stage}, every second write answered with {code}"
 
 
-def test_a_write_that_is_refused_once_changes_nothing_in_the_end(live: Live) -> None:
-    stage = dice_of_today("stage").choice(list(STAGES))
-    picture, writes = live(stage)
-    number = dice_of_today(stage).randint(1, writes)
-    failures = Failures([number], 422)
-    disturbed, _ = live(stage, failures)
-    assert failures.happened, f"write {number} of {writes} was never made"
-    assert disturbed == picture, f"{stage}, write {number} answered with 422"
+def test_a_write_that_fails_once_changes_nothing_in_the_end(live: Live) -> None:
+    stage, code = of_today(STAGES, "once"), of_today(CODES, "once")
+    plain = live(stage)
+    number = dice_of_today("once").randint(1, len(plain.writes))
+    strikes_near(live, stage, plain, number, lambda n: Failures([n], code), f"answered with {code}")
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize(("code", "reaches"), ANSWERS)
 @pytest.mark.parametrize("stage", STAGES)
-def test_any_write_that_fails_changes_nothing_in_the_end(live: Live, stage: str, code: int) -> None:
-    picture, writes = live(stage)
-    assert writes >= 6
-    for number in range(1, writes + 1):
-        for reaches in (False, True) if code >= 500 else (False,):
-            failures = Failures([number], code, reaches=reaches)
-            disturbed, _ = live(stage, failures)
-            # The number of writes moves by one or two with the moment at which events arrive.
-            if failures.happened:
-                assert disturbed == picture, f"write {number} answered with {code}, {reaches=}"
-            else:
-                assert number > writes - 3, f"write {number} of {writes} was never made"
+def test_any_write_that_fails_changes_nothing_in_the_end(
+    live: Live, stage: str, code: int, reaches: bool
+) -> None:
+    plain, what = live(stage), f"answered with {code}, {reaches=}"
+    strikes_everywhere(live, stage, plain, lambda n: Failures([n], code, reaches=reaches), what)
 
 
 # --- of two operators, one is late ---
@@ -98,9 +85,8 @@ class LateLeader:
     """The leader is frozen with a write under way, which arrives when another has long led on."""
 
     def __init__(self, number: int) -> None:
-        self._number, self.frozen = number, False
+        self._number, self.happened = number, False
         self.trigger = Trigger()
-        self.writes = 0
 
     def __call__(self, life: Life) -> None:
         life.rival.start().wait_ready()
@@ -109,12 +95,13 @@ class LateLeader:
         life.at_the_end = lambda: self._thaw(life)
 
     def _freeze(self, life: Life) -> None:
-        if self.trigger.happened and not self.frozen:
+        if self.trigger.happened and not self.happened:
             life.operator.freeze()
-            self.frozen = True
+            self.happened = True
 
     def _thaw(self, life: Life) -> None:
-        if not self.frozen:
+        stand(life)  # the last writes of a stage come when it is over
+        if not self.happened:
             return
         life.rival.wait_leading()
         before = len(life.proxy.writes)
@@ -124,17 +111,14 @@ class LateLeader:
             lambda: life.operator.figure("cptjob_leader") == 0, "it to see that it lost"
         )
         life.rival.wait_quiet()
-        self.writes = len(life.proxy.writes) - before
+        assert len(life.proxy.writes) == before, "the loser wrote"
 
 
 def test_a_write_that_arrives_when_another_leads_changes_nothing_in_the_end(live: Live) -> None:
-    stage = dice_of_today("late stage").choice(list(STAGES))
-    picture, writes = live(stage)
-    late = LateLeader(dice_of_today("late write").randint(1, writes - 2))
-    disturbed, _ = live(stage, late)
-    assert late.frozen
-    assert late.writes == 0, "the loser wrote"
-    assert disturbed == picture, stage
+    stage = of_today(STAGES, "late")
+    plain = live(stage)
+    number = dice_of_today("late").randint(1, len(plain.writes))
+    strikes_near(live, stage, plain, number, LateLeader, "late")
 
 
 @pytest.mark.soak
@@ -142,13 +126,7 @@ def test_a_write_that_arrives_when_another_leads_changes_nothing_in_the_end(live
 def test_any_write_that_arrives_when_another_leads_changes_nothing_in_the_end(
     live: Live, stage: str
 ) -> None:
-    picture, writes = live(stage)
-    for number in range(1, writes + 1):
-        late = LateLeader(number)
-        disturbed, _ = live(stage, late)
-        assert late.frozen or number > writes - 3, f"write {number} was never made"
-        assert late.writes == 0, "the loser wrote"
-        assert disturbed == picture, f"write {number} of {writes} was late"
+    strikes_everywhere(live, stage, live(stage), LateLeader, "late")
 
 
 # --- watches and the API server itself ---
