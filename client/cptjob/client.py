@@ -10,6 +10,7 @@ from cptjob.cluster import RESTS, AsyncClient
 from cptjob.logs import LogLine
 from cptjob_api.conditions import Condition
 from cptjob_api.job import CPTJob
+from cptjob_api.status import TrainerStatus
 
 T = TypeVar("T")
 
@@ -76,6 +77,10 @@ class Client:
     def watch(self, name: str) -> Iterator[CPTJob]:
         """See AsyncClient.watch."""
         return self._each(self._client.watch(name))
+
+    def progress(self, name: str) -> Iterator[TrainerStatus]:
+        """See AsyncClient.progress."""
+        return self._each(self._client.progress(name))
 
     def logs(
         self, name: str, *, follow: bool = False, tail: int | None = None, pod: str | None = None

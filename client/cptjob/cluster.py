@@ -16,6 +16,7 @@ from cptjob.logs import LogLine
 from cptjob.standing import ENDED, is_true
 from cptjob_api.conditions import Condition
 from cptjob_api.job import GROUP, PLURAL, VERSION, CPTJob
+from cptjob_api.status import TrainerStatus
 from cptjob_trainer.errors import (
     ClusterError,
     CPTJobError,
@@ -127,6 +128,22 @@ class AsyncClient:
             async with aclosing(self._changes(name, job.metadata.resource_version)) as changes:
                 async for each in changes:
                     yield each
+
+    async def progress(self, name: str) -> AsyncGenerator[TrainerStatus]:
+        """What the trainer says of itself, each time that it says something else, until the job rests.
+
+        Step, steps in all, percent, metrics, tokens/s; the operator reads them every half minute.
+        Raises MissingInputError once the job is gone.
+        """
+        last: TrainerStatus | None = None
+        async with aclosing(self.watch(name)) as states:
+            async for job in states:
+                said = job.status.trainer_status if job.status else None
+                if said is not None and said != last:
+                    last = said
+                    yield said
+                if any(is_true(job, each) for each in RESTS):
+                    return
 
     async def wait(
         self,

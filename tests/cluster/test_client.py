@@ -95,6 +95,15 @@ def test_a_watch_tells_each_state_and_ends_when_the_job_is_deleted(
             pass
 
 
+def test_progress_is_told_until_the_job_rests(world: World, client: Client) -> None:
+    name = client.create(load_manifest(TINY).job).metadata.name
+    train(world, name)
+    world.complete(name, REPORT)
+    (said,) = client.progress(name)
+    assert (said.current_step, said.total_steps, said.progress_percentage) == (30, 100, 30)
+    assert [(each.name, float(each.value)) for each in said.metrics] == [("loss", 2.5)]
+
+
 def test_many_jobs_are_waited_for_at_once(world: World) -> None:
     async def story() -> list[str]:
         async with AsyncClient(world.namespace, kubeconfig=world.plane.kubeconfig) as client:
