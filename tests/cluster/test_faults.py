@@ -78,6 +78,26 @@ def test_any_write_that_fails_changes_nothing_in_the_end(
     strikes_everywhere(live, stage, plain, lambda n: Failures([n], code, reaches=reaches), what)
 
 
+def test_a_restart_is_told_and_counted_though_its_pod_is_not_made_at_once(live: Live) -> None:
+    plain = live("loses_a_pod")
+    number = len(plain.writes) - plain.writes[::-1].index("POST pods")
+    failures = Failures([number], 500)
+
+    def harm(life: Life) -> None:
+        failures(life)
+        life.at_the_end = lambda: told(life)
+
+    def told(life: Life) -> None:
+        life.world.wait(lambda: life.world.told("job", "Restarting"), "the event")
+        figures = life.operator.figures().items()
+        restarts = [value for name, value in figures if name.startswith("cptjob_restarts_total")]
+        assert sum(restarts) == 1
+
+    disturbed = live("loses_a_pod", harm, like=plain.picture)
+    assert failures.happened
+    assert disturbed.picture == plain.picture
+
+
 # --- of two operators, one is late ---
 
 
