@@ -457,6 +457,9 @@ def living(
             harm(life)
             life.go(STAGES[stage])
             end = stand(life, like)
+            if like is not None and not getattr(harm, "happened", True):
+                stand(life)  # a status that is held back may be the write at which it strikes
+                end = stand(life, like)
             writes = [f"{each.method} {each.resource}" for each in proxy.writes]
             operator.kill()
             rival.kill()
