@@ -84,7 +84,7 @@ class OutputLock:
                 ) from error
             raise OutputError(
                 f"cannot write the output folder {self.path.parent}: {error.strerror}; "
-                "choose another one or change its permissions"
+                "choose another one with --output or change its permissions"
             ) from error
 
     def _describe(self, fd: int) -> None:
