@@ -28,11 +28,23 @@ def _quantile(quantile: float, metric: str, by: str = "") -> str:
     return f"histogram_quantile({quantile}, {_rate(f'{metric}_bucket', groups)})"
 
 
+def _job(metric: str, by: str = "", of: str = "") -> str:
+    """Of each job that is chosen above: one coordinator a job, but for the moment of its change."""
+    chosen = ", ".join(filter(None, ('namespace=~"$namespace"', 'cptjob=~"$cptjob"', of)))
+    groups = ", ".join(filter(None, ("namespace", "cptjob", by)))
+    return f"max by ({groups}) ({metric}{{{chosen}}})"
+
+
+_JOB = "{{namespace}}/{{cptjob}}"
+_LOSS = 'name=~"loss|heldout.*"'
 # Every operator watches and only one acts: what each of them knows is taken once.
 ROWS: dict[str, tuple[Panel, ...]] = {
     "Jobs": (
         Panel("Jobs by phase", {"{{phase}}": "max by (phase) (cptjob_jobs)"}),
-        Panel("Restarts by cause", {"{{cause}}": _rate("cptjob_restarts_total", "cause")}, "cps"),
+        Panel(
+            "Restarts by cause",
+            {"{{cause}}": "sum by (cause) (increase(cptjob_restarts_total[$__rate_interval]))"},
+        ),
         Panel("Nodes that jobs avoid", {"nodes": "max(cptjob_excluded_nodes)"}),
         Panel(
             "GPUs in use",
@@ -43,20 +55,30 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             description="GPU-seconds a second: held by jobs, and of those the ones that trained "
             "what was lost or did not train.",
         ),
-        Panel("Progress", {"{{cptjob}}": "max by (cptjob) (cptjob_progress_ratio)"}, "percentunit"),
-        Panel("Tokens per second", {"{{cptjob}}": "sum by (cptjob) (cptjob_tokens_per_second)"}),
+    ),
+    "Training": (
+        Panel("Progress", {_JOB: _job("cptjob_progress_ratio")}, "percentunit"),
+        Panel("Step", {_JOB: _job("cptjob_step")}),
+        Panel("Time left", {_JOB: _job("cptjob_estimated_remaining_seconds")}, "s"),
+        Panel("Loss", {f"{_JOB} {{{{name}}}}": _job("cptjob_metric", "name", _LOSS)}),
+        Panel("Tokens per second", {_JOB: _job("cptjob_tokens_per_second")}),
         Panel(
-            "Metrics of the training",
-            {"{{cptjob}} {{name}}": "max by (cptjob, name) (cptjob_metric)"},
+            "Model FLOPs utilisation",
+            {_JOB: _job("cptjob_metric", of='name="mfu"')},
+            "percentunit",
+            "Achieved over peak, where the device's peak is known.",
         ),
+        Panel("Wait for data in a step", {_JOB: _job("cptjob_metric", of='name="dataWait"')}, "s"),
+        Panel("Learning rate", {_JOB: _job("cptjob_metric", of='name="learningRate"')}, "sci"),
+        Panel("Norm of the gradient", {_JOB: _job("cptjob_metric", of='name="gradNorm"')}),
         Panel(
             "Age of the last checkpoint",
-            {"{{cptjob}}": "time() - max by (cptjob) (cptjob_checkpoint_timestamp_seconds)"},
+            {_JOB: f"time() - {_job('cptjob_checkpoint_timestamp_seconds')}"},
             "s",
         ),
         Panel(
             "Silence of the trainers",
-            {"{{cptjob}}": "time() - max by (cptjob) (cptjob_last_update_timestamp_seconds)"},
+            {_JOB: f"time() - {_job('cptjob_last_update_timestamp_seconds')}"},
             "s",
         ),
     ),
@@ -127,10 +149,34 @@ def dashboard() -> dict[str, Any]:
                     "type": "datasource",
                     "query": "prometheus",
                     "label": "Data source",
-                }
+                },
+                _choice("namespace", "Namespace", "label_values(cptjob_step, namespace)"),
+                _choice(
+                    "cptjob",
+                    "CPTJob",
+                    'label_values(cptjob_step{namespace=~"$namespace"}, cptjob)',
+                ),
             ]
         },
         "panels": list(_panels()),
+    }
+
+
+def _choice(name: str, label: str, query: str) -> dict[str, Any]:
+    """A list at the top, of which one picks several, or all as at the beginning."""
+    return {
+        "name": name,
+        "type": "query",
+        "label": label,
+        "datasource": _SOURCE,
+        "query": {"query": query, "refId": name},
+        "definition": query,
+        "refresh": 2,  # with the time range
+        "sort": 1,
+        "multi": True,
+        "includeAll": True,
+        "allValue": ".*",
+        "current": {"text": ["All"], "value": ["$__all"]},
     }
 
 

@@ -3,6 +3,7 @@
 from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
+from typing import get_args
 
 from prometheus_client import (
     CollectorRegistry,
@@ -18,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from cptjob_api.conditions import Phase
 from cptjob_api.status import CPTJobStatus
 from cptjob_operator.edge.cache import Cache, Job
+from cptjob_operator.plan.outcomes import Cause
 from cptjob_operator.queue import Queue
 
 _STATUS = TypeAdapter(CPTJobStatus)
@@ -56,6 +58,8 @@ class Metrics:
             ["cause"],
             registry=self.registry,
         )
+        for cause in get_args(Cause):  # of a counter that begins with 1, no rate is seen
+            self.restarts.labels(cause)
         self.gpu_seconds = Counter(
             "cptjob_gpu_seconds", "GPU time that jobs held.", registry=self.registry
         )

@@ -12,21 +12,34 @@ DASHBOARD = json.loads((CHART / "dashboards" / "cptjob.json").read_text("utf-8")
 EXPRESSIONS = [
     target["expr"] for panel in DASHBOARD["panels"] for target in panel.get("targets", [])
 ]
-# Labels that Prometheus adds: the pod, and the job by the chart's PodMonitor.
-ADDED = {"pod", "cptjob", "le"}
+# Labels that Prometheus adds: of the pod, and the job by the chart's PodMonitor.
+ADDED = {"namespace", "pod", "cptjob", "le"}
+
+
+def _names(expression: str) -> set[str]:
+    return set(re.findall(r"\bcptjob_[a-z_]+", expression))
 
 
 @pytest.mark.parametrize("expression", EXPRESSIONS)
 def test_each_expression_asks_for_series_and_labels_that_exist(expression: str) -> None:
     known = series(of_an_operator() + of_a_coordinator())
-    names = re.findall(r"\bcptjob_[a-z_]+", expression)
+    names = _names(expression)
     assert names
     for name in names:
         assert name in known
     grouped = {
         label for group in re.findall(r"by \(([^)]*)\)", expression) for label in group.split(", ")
     }
-    assert grouped <= set().union(*(known[name] for name in names)) | ADDED
+    selected = set(re.findall(r'(\w+)=~?"', expression))
+    assert grouped | selected <= set().union(*(known[name] for name in names)) | ADDED
+
+
+def test_jobs_of_one_name_in_two_namespaces_stay_apart() -> None:
+    of_jobs = [each for each in EXPRESSIONS if series(of_a_coordinator()).keys() & _names(each)]
+    assert of_jobs
+    for each in of_jobs:
+        assert re.search(r"by \(namespace, cptjob[,)]", each)
+        assert 'namespace=~"$namespace", cptjob=~"$cptjob"' in each
 
 
 def test_each_legend_uses_labels_that_the_expression_keeps() -> None:

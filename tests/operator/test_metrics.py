@@ -5,8 +5,14 @@ from typing import Any
 
 from cptjob_operator.edge.cache import Cache
 from cptjob_operator.identity import JobKey
-from cptjob_operator.metrics import State
+from cptjob_operator.metrics import Metrics, State
 from cptjob_operator.queue import Queue
+
+
+def test_restarts_of_every_cause_begin_at_zero_so_that_a_rate_sees_the_first() -> None:
+    text = Metrics().text().decode()
+    for cause in ("Deleted", "NodeLost", "OutOfMemory", "Vanished"):
+        assert f'cptjob_restarts_total{{cause="{cause}"}} 0.0' in text
 
 
 def _figures(leads: bool) -> dict[str, float]:
