@@ -37,6 +37,8 @@ test: setup $(VENV)/.go ## run the tests (TESTS=tests/data narrows them)
 e2e: setup tools ## train on two real nodes (Linux, root; MARKS="node" is all of it)
 	@$(nodes) -m testnodes.needs
 	@$(nodes) -m testnodes.images
+# Only the long tests ask a Prometheus, and from there is no way out to fetch it.
+	@$(if $(findstring not soak,$(MARKS)),,$(nodes) -m testplane.binaries prometheus)
 	unshare --net $(bin)/python -m pytest -m "$(MARKS)" tests/node
 
 tools: $(VENV)/.go ## build Kubernetes' own programs for the tests, once (make test does it too)

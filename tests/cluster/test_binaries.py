@@ -127,6 +127,17 @@ def test_each_group_is_pinned_with_hashes(group: Group) -> None:
     assert f"{group.module} {group.version} h1:" in (group.folder / "go.sum").read_text("utf-8")
 
 
+def test_what_only_long_tests_need_is_built_by_name_alone(
+    tmp_path: Path, calls: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(binaries, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(binaries, "GROUPS", {name: GROUPS[name] for name in ("kwok", "prometheus")})
+    assert binaries.main([]) == 0
+    assert "prometheus" not in calls.read_text()
+    assert binaries.main(["prometheus"]) == 0
+    assert "prometheus" in calls.read_text()
+
+
 def test_an_unknown_group_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert binaries.main(["etdc"]) == 64
     assert capsys.readouterr().err.startswith("error: no such group: etdc; there are kubernetes")
