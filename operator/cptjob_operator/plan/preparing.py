@@ -243,7 +243,7 @@ def _replace_coordinator(look: Look, pod: Pod | None) -> Wanted:
     status = replace(gang, status=restart.status).next_incarnation(gang.coordinator_id)
     told = Event("Warning", Reason.RESTARTING, f"coordinator {name}: {end.message}")
     replaced = look.with_status(
-        status, events=(*look.events, told), restarts=(*look.restarts, end.cause)
+        status, events=(*look.events, told), restarts=(*look.restarts, *restart.causes)
     )
     return _make_coordinator(replaced)
 

@@ -53,7 +53,7 @@ def failures(look: Look) -> Wanted | Look | None:
     return look.with_status(
         status,
         events=(*look.events, told),
-        restarts=(*look.restarts, cause.outcome.cause),
+        restarts=(*look.restarts, *restart.causes),
     )
 
 

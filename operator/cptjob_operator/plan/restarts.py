@@ -18,7 +18,7 @@ from typing import Literal
 from cptjob_api.conditions import Reason
 from cptjob_api.spec import FailurePolicy
 from cptjob_api.status import CPTJobStatus, ExcludedNode, LastFailure
-from cptjob_operator.plan.outcomes import Outcome
+from cptjob_operator.plan.outcomes import Cause, Outcome
 from cptjob_operator.settings import Backoff, Settings
 
 Rung = Literal["pod", "gang"]
@@ -43,10 +43,14 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Restart:
-    """Answer to failures: the rung, the status with them counted, and when pods may be made."""
+    """Answer to failures: the rung, the status with them counted, and when pods may be made.
+
+    causes: of a restart that is one by itself, and no part of the one before.
+    """
 
     rung: Rung
     status: CPTJobStatus
+    causes: tuple[Cause, ...]
     fatal: tuple[Reason, str] | None = None
 
 
@@ -107,7 +111,8 @@ def answer(
             else status.excluded_nodes,
         }
     )
-    return Restart(rung, counted_status, _give_up(counted_status, policy, settings, cause))
+    causes = () if cascade else (cause.outcome.cause,)
+    return Restart(rung, counted_status, causes, _give_up(counted_status, policy, settings, cause))
 
 
 def not_started(pod: str, message: str, times: int, now: datetime) -> LastFailure:

@@ -421,10 +421,10 @@ class TestRestarts:
         job.train()
         first, second, *_ = job.workers
         job.fail(first, 70, "RuntimeError", "cuda")
-        job.step()
+        assert job.step().restarts == ("Exited",)
         job.wait(3)
         job.fail(second, 70, "RuntimeError", "connection closed")
-        job.step()
+        assert job.step().restarts == ()
         assert job.status.restarts_count_towards_max == 1
         assert job.status.last_failure.message == "cuda"
 
